@@ -1,9 +1,14 @@
-"""Which adapter each token of a forward pass belongs to."""
+"""The plan of one forward pass: which adapter each token belongs to, and how it is applied."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from polyhead.adapters import ops
+from polyhead.adapters.errors import PlanError
 from polyhead.adapters.private import PrivateAdapter
 
 
@@ -17,3 +22,126 @@ class RoutedTask:
 
 Adapter = RoutedTask | PrivateAdapter | None
 """What answers one row of a batch; None is the bare backbone."""
+
+Tokens = slice | Tensor
+"""Positions in the packed row of a step: a slice where they are adjacent."""
+
+
+def adapter_key(adapter: Adapter) -> str:
+    """Equal for adapters that compute the same function; empty for the bare backbone."""
+    if adapter is None:
+        return ""
+    return adapter.key if isinstance(adapter, RoutedTask) else adapter.fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredPart:
+    """The tokens that go through the factored form."""
+
+    tokens: Tokens
+    weights: Tensor  # [n, H, M*S*r] float32; zero rows leave a token bare
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedPart:
+    """The tokens of one task that go through the combined form: its factors by group."""
+
+    tokens: Tokens
+    factors: Sequence[ops.Factors | None]
+
+
+@dataclass(eq=False)
+class Plan:
+    """Built once per step, read by every routed layer of the forward pass."""
+
+    tokens: int
+    factored: FactoredPart | None
+    combined: Sequence[CombinedPart]
+    _memo: "tuple[GroupSlot, Tensor, list[Tensor | None]] | None" = field(default=None, repr=False)
+
+    def add_delta(self, slot: "GroupSlot", g: int, x: Tensor, y: Tensor) -> None:
+        """Add the adapters' part of module g of a group to its base product y, in place.
+
+        x `[..., I]` and y `[..., O]` with as many tokens as the plan has.
+        """
+        flat_y = y.view(-1, y.shape[-1])
+        if flat_y.shape[0] != self.tokens:
+            raise PlanError(
+                "the forward pass has another number of tokens than its plan",
+                found=str(flat_y.shape[0]),
+                expected=str(self.tokens),
+            )
+        hidden = self._hidden(slot, x)
+        if self.factored is not None and hidden[0] is not None:
+            self._expand_factored(self.factored, slot, g, hidden[0], flat_y)
+        for part, low_rank in zip(self.combined, hidden[1:], strict=True):
+            factors = part.factors[slot.index]
+            if factors is not None and low_rank is not None:
+                _expand_combined(part.tokens, factors, g, low_rank, flat_y)
+
+    def _hidden(self, slot: "GroupSlot", x: Tensor) -> list[Tensor | None]:
+        """Shrink once per group: its modules are called in turn with the very same tensor."""
+        if self._memo is not None and self._memo[0] is slot and self._memo[1] is x:
+            return self._memo[2]
+        flat = x.reshape(-1, x.shape[-1])
+        hidden: list[Tensor | None] = [None]
+        if self.factored is not None:
+            weights = self.factored.weights[:, :, slot.columns]
+            hidden[0] = ops.factored_shrink(flat[self.factored.tokens], slot.group, weights)
+        for part in self.combined:
+            factors = part.factors[slot.index]
+            shrunk = None if factors is None else ops.combined_shrink(flat[part.tokens], factors)
+            hidden.append(shrunk)
+        self._memo = (slot, x, hidden)
+        return hidden
+
+    @staticmethod
+    def _expand_factored(
+        part: FactoredPart, slot: "GroupSlot", g: int, hidden: Tensor, y: Tensor
+    ) -> None:
+        if isinstance(part.tokens, slice):
+            ops.factored_expand(y[part.tokens], hidden, slot.group, g)
+            return
+        own = y[part.tokens]
+        ops.factored_expand(own, hidden, slot.group, g)
+        y[part.tokens] = own
+
+
+def _expand_combined(
+    tokens: Tokens, factors: ops.Factors, g: int, hidden: Tensor, y: Tensor
+) -> None:
+    if isinstance(tokens, slice):
+        ops.combined_expand(y[tokens], hidden, factors, g)
+        return
+    own = y[tokens]
+    ops.combined_expand(own, hidden, factors, g)
+    y[tokens] = own
+
+
+@dataclass(frozen=True, eq=False)
+class GroupSlot:
+    """A group's place among all groups of a backbone, and its columns in the spread weights."""
+
+    index: int
+    group: ops.SkillGroup
+    columns: slice
+
+
+_active: ContextVar[Plan | None] = ContextVar("polyhead_plan", default=None)
+
+
+def active_plan() -> Plan | None:
+    """The plan of the forward pass that is running, or None: then every layer is bare."""
+    return _active.get()
+
+
+@contextmanager
+def use_plan(plan: Plan) -> Iterator[Plan]:
+    """Make `plan` the active one for the forward passes inside. Raises `PlanError` when nested."""
+    if _active.get() is not None:
+        raise PlanError("a plan is already active; plans do not nest")
+    token = _active.set(plan)
+    try:
+        yield plan
+    finally:
+        _active.reset(token)

@@ -1,0 +1,158 @@
+"""The routed product in its two exact forms, and the reference both are tested against.
+
+Shapes: N tokens, T tasks, H heads, S skills, r rank, I and O a module's input and output widths,
+G modules that read the same input and are computed together (q, k, v; gate, up).
+Source of the maths: Multi-Head Adapter Routing, arXiv 2211.03831, section 3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def reference(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: float) -> Tensor:
+    """`scaling * (x A_t) B_t` in float32, literally: average the skills, then multiply.
+
+    x `[N, I]`, a `[H, S, I/H, r]`, b `[H, S, r, O/H]`, weights `[N, H, S]`; answers `[N, O]`.
+    """
+    w = weights.float()
+    a_t = torch.einsum("nhs,hsir->nhir", w, a.float()).flatten(1, 2)  # [N, I, r]
+    b_t = torch.einsum("nhs,hsro->nrho", w, b.float()).flatten(2, 3)  # [N, r, O]
+    return scaling * torch.einsum("ni,nir,nro->no", x.float(), a_t, b_t)
+
+
+@dataclass(frozen=True, eq=False)
+class SkillGroup:
+    """The skills of G modules that read the same input, packed for one shrink product.
+
+    a: `[H, I/H, G*S*r]`, columns ordered (g, s, r). b[g]: `[H, S*r, O_g/H]`, scaling folded in.
+    """
+
+    heads: int
+    skills: int
+    rank: int
+    a: Tensor
+    b: tuple[Tensor, ...]
+    summing: Tensor  # [S*r, S*r], adds up the skills and hands every skill the sum
+
+    @classmethod
+    def pack(
+        cls, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float, dtype: torch.dtype
+    ) -> "SkillGroup":
+        """From one `[H, S, I/H, r]` and one `[H, S, r, O_g/H]` per module."""
+        heads, skills, _, rank = a[0].shape
+        stacked = torch.stack([tensor.float() for tensor in a])  # [G, H, S, I/H, r]
+        packed = stacked.permute(1, 3, 0, 2, 4).flatten(2)  # [H, I/H, G*S*r]
+        scaled = tuple((t.float() * scaling).flatten(1, 2).to(dtype).contiguous() for t in b)
+        eye = torch.eye(rank, device=packed.device).repeat(skills, skills)
+        return cls(heads, skills, rank, packed.to(dtype).contiguous(), scaled, eye)
+
+    @property
+    def size(self) -> int:
+        """G, the number of modules."""
+        return len(self.b)
+
+    @property
+    def columns(self) -> int:
+        """`S * r`, one module's share of the shrink product's columns."""
+        return self.skills * self.rank
+
+
+def spread(weights: Tensor, rank: int) -> Tensor:
+    """Weights as the factored form reads them: `[..., M, H, S]` to `[..., H, M*S*r]`."""
+    moved = weights.transpose(-3, -2).unsqueeze(-1)  # [..., H, M, S, 1]
+    return moved.expand(*moved.shape[:-1], rank).flatten(-3)
+
+
+def factored_shrink(x: Tensor, group: SkillGroup, spread_weights: Tensor) -> Tensor:
+    """First half of the factored form, for all modules of a group at once.
+
+    x `[N, I]`; spread_weights `[N, H, G*S*r]` float32 (see `spread`); answers `[H, N, G*S*r]`:
+    the mixed low-rank activations, already multiplied by the weights that the expand needs.
+    """
+    n = x.shape[0]
+    by_head = spread_weights.transpose(0, 1)  # [H, N, G*S*r]
+    u = torch.bmm(x.view(n, group.heads, -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
+    summed = (u * by_head).sum(0)  # over heads: [N, G*S*r], float32
+    v = summed.view(-1, group.columns) @ group.summing  # over skills: [N*G, S*r]
+    return (v.view(1, n, -1) * by_head).to(x.dtype)
+
+
+def factored_expand(y: Tensor, hidden: Tensor, group: SkillGroup, g: int) -> None:
+    """Second half: adds module g's delta onto its base product y `[N, O_g]`, in place."""
+    own = hidden[:, :, g * group.columns : (g + 1) * group.columns]  # [H, N, S*r]
+    y.view(y.shape[0], group.heads, -1).transpose(0, 1).add_(torch.bmm(own, group.b[g]))
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One task's own A_t and B_t for a group: a `[I, sum of ranks]`, b[g] `[r_g, O_g]` or None."""
+
+    a: Tensor
+    b: tuple[Tensor | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + sum(b.nbytes for b in self.b if b is not None)
+
+
+def fold_factors(group: SkillGroup, weights: Tensor) -> Factors:
+    """Average a group's skills for one task, in float32. weights `[G, H, S]`."""
+    w = weights.float()
+    heads, skills, rank = group.heads, group.skills, group.rank
+    a = group.a.view(heads, -1, group.size, skills, rank).float()
+    a_t = torch.einsum("higsr,ghs->higr", a, w).reshape(-1, group.size * rank)
+    b_t = []
+    for g, b in enumerate(group.b):
+        skill_b = b.view(heads, skills, rank, -1).float()
+        b_t.append(torch.einsum("hsro,hs->rho", skill_b, w[g]).flatten(1).to(b.dtype))
+    return Factors(a_t.to(group.a.dtype).contiguous(), tuple(b_t))
+
+
+def combined_shrink(x: Tensor, factors: Factors) -> Tensor:
+    """First half of the combined form for tokens of one task: x `[n, I]` to `[n, sum of ranks]`."""
+    return x @ factors.a
+
+
+def combined_expand(y: Tensor, hidden: Tensor, factors: Factors, g: int) -> None:
+    """Second half: adds module g's delta onto y `[n, O_g]`, in place; nothing for a bare module."""
+    b = factors.b[g]
+    if b is None:
+        return
+    start = sum(other.shape[0] for other in factors.b[:g] if other is not None)
+    y.addmm_(hidden[:, start : start + b.shape[0]], b)
+
+
+def factored(
+    x: Tensor, a: Tensor, b: Tensor, weights: Tensor, task_of_token: Tensor, scaling: float
+) -> Tensor:
+    """The factored form for one module: every skill for every token, mixed by the weights.
+
+    x `[N, I]`, a `[H, S, I/H, r]`, b `[H, S, r, O/H]`, weights `[T, H, S]` float32,
+    task_of_token `[N]`; answers `[N, O]`. Reads the inventory once, whatever T is.
+    """
+    group = SkillGroup.pack([a], [b], scaling, x.dtype)
+    per_token = spread(weights.float()[task_of_token].unsqueeze(1), group.rank)
+    y = x.new_zeros(x.shape[0], b.shape[0] * b.shape[3])
+    factored_expand(y, factored_shrink(x, group, per_token), group, 0)
+    return y
+
+
+def combined(
+    x: Tensor, a: Tensor, b: Tensor, weights: Tensor, task_of_token: Tensor, scaling: float
+) -> Tensor:
+    """The combined form for one module: fold A_t and B_t per task, multiply its tokens by them.
+
+    Same arguments and answer as `factored`. Costs two products per task of the batch.
+    """
+    group = SkillGroup.pack([a], [b], scaling, x.dtype)
+    y = x.new_zeros(x.shape[0], b.shape[0] * b.shape[3])
+    for task in task_of_token.unique().tolist():
+        tokens = (task_of_token == task).nonzero().squeeze(1)
+        factors = fold_factors(group, weights[task].unsqueeze(0))
+        part = x.new_zeros(len(tokens), y.shape[1])
+        combined_expand(part, combined_shrink(x[tokens], factors), factors, 0)
+        y[tokens] = part
+    return y

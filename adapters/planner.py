@@ -1,0 +1,162 @@
+"""Builds the plan of each step from the adapters of its rows."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from polyhead.adapters import ops
+from polyhead.adapters.costs import FormCosts
+from polyhead.adapters.plan import (
+    Adapter,
+    CombinedPart,
+    FactoredPart,
+    GroupSlot,
+    Plan,
+    RoutedTask,
+    Tokens,
+    adapter_key,
+)
+from polyhead.adapters.private import PrivateAdapter
+
+
+class WeightBoard:
+    """Spread routing weights of the factored tokens, one row a token, kept between steps.
+
+    A decode step's rows are mostly those of the step before: only rows that changed are written.
+    """
+
+    def __init__(
+        self, heads: int, rank: int, columns: int, order: Tensor, device: torch.device
+    ) -> None:
+        self._rank = rank
+        self._order = order
+        self._rows = torch.zeros(0, heads, columns, device=device)  # [n, H, M*S*r]
+        self._keys: list[str] = []
+
+    def update(self, tasks: Sequence[RoutedTask | None]) -> Tensor:
+        """Rows for these tokens, `[n, H, M*S*r]`; None is a row of zeros."""
+        if len(tasks) > self._rows.shape[0]:
+            self._rows = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
+            self._keys = [""] * len(tasks)
+        for row, task in enumerate(tasks):
+            key = adapter_key(task)
+            if self._keys[row] == key:
+                continue
+            if task is None:
+                self._rows[row].zero_()
+            else:
+                self._rows[row] = ops.spread(task.weights[self._order], self._rank)
+            self._keys[row] = key
+        return self._rows[: len(tasks)]
+
+
+class Planner:
+    """Chooses a form for every task of a step and gathers what the layers need.
+
+    Not thread-safe: it belongs to the thread that runs the model.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[GroupSlot],
+        members: Sequence[Sequence[str]],
+        module_order: Sequence[int],
+        device: torch.device,
+        *,
+        costs: FormCosts | None = None,
+        factor_cache_bytes: int = 256 << 20,
+    ) -> None:
+        self._slots = slots
+        self._members = members  # module names of each group
+        self._order = torch.tensor(module_order)  # layout index of each module, in group order
+        self._device = device
+        self.costs = costs or FormCosts()
+        first = slots[0].group
+        self._board = WeightBoard(
+            first.heads, first.rank, slots[-1].columns.stop, self._order, device
+        )
+        self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
+        self._factor_cache_bytes = factor_cache_bytes
+        self._factor_bytes = 0
+
+    def build(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> Plan:
+        """The plan for rows of `counts[i]` adjacent tokens, each answered by `adapters[i]`."""
+        tokens = [a for a, n in zip(adapters, counts, strict=True) for a in repeat(a, n)]
+        distinct = {adapter_key(a): a for a in adapters}
+        places: dict[str, list[int]] = {key: [] for key in distinct}
+        for position, adapter in enumerate(tokens):
+            places[adapter_key(adapter)].append(position)
+        routed = {k: len(places[k]) for k, a in distinct.items() if isinstance(a, RoutedTask)}
+        combined = self.costs.choose_combined(routed, set(self._factors))
+        combined |= {k for k, a in distinct.items() if isinstance(a, PrivateAdapter)}
+        factored = sorted(p for k in routed.keys() - combined for p in places[k])
+        parts = [
+            CombinedPart(_tokens(places[k], self._device), self._resident(k, distinct[k]))
+            for k in distinct
+            if k in combined
+        ]
+        self._evict(keep=combined)
+        return Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
+
+    def _factored_part(
+        self, positions: list[int], tokens: Sequence[Adapter], combined: set[str]
+    ) -> FactoredPart | None:
+        if not positions:
+            return None
+        span = range(positions[0], positions[-1] + 1)
+        if len(span) <= 2 * len(positions):
+            positions = list(span)  # zero rows for a few others cost less than gathering
+        rows = [tokens[p] for p in positions]
+        tasks = [a if isinstance(a, RoutedTask) and a.key not in combined else None for a in rows]
+        return FactoredPart(_tokens(positions, self._device), self._board.update(tasks))
+
+    def _resident(self, key: str, adapter: Adapter) -> Sequence[ops.Factors | None]:
+        factors = self._factors.get(key)
+        if factors is None:
+            factors = self._build_factors(adapter)
+            self._factors[key] = factors
+            self._factor_bytes += _nbytes(factors)
+        self._factors.move_to_end(key)
+        return factors
+
+    def _build_factors(self, adapter: Adapter) -> Sequence[ops.Factors | None]:
+        if isinstance(adapter, RoutedTask):
+            weights = adapter.weights[self._order].to(self._device)
+            sizes = [slot.group.size for slot in self._slots]
+            pieces = zip(self._slots, weights.split(sizes), strict=True)
+            return [ops.fold_factors(slot.group, w) for slot, w in pieces]
+        assert isinstance(adapter, PrivateAdapter)
+        pairs = zip(self._slots, self._members, strict=True)
+        return [self._private_factors(adapter, slot, names) for slot, names in pairs]
+
+    def _private_factors(
+        self, adapter: PrivateAdapter, slot: GroupSlot, names: Sequence[str]
+    ) -> ops.Factors | None:
+        own = [name for name in names if name in adapter.a]
+        if not own:
+            return None
+        dtype = slot.group.a.dtype
+        a = torch.cat([adapter.a[name] for name in own], dim=1)
+        b = [adapter.b.get(name) for name in names]
+        moved = tuple(None if t is None else t.to(self._device, dtype) for t in b)
+        return ops.Factors(a.to(self._device, dtype), moved)
+
+    def _evict(self, keep: set[str]) -> None:
+        for key in list(self._factors):
+            if self._factor_bytes <= self._factor_cache_bytes:
+                return
+            if key not in keep:
+                self._factor_bytes -= _nbytes(self._factors.pop(key))
+
+
+def _tokens(positions: list[int], device: torch.device) -> Tokens:
+    if positions[-1] - positions[0] + 1 == len(positions):
+        return slice(positions[0], positions[-1] + 1)
+    return torch.tensor(positions, device=device)
+
+
+def _nbytes(factors: Sequence[ops.Factors | None]) -> int:
+    return sum(f.nbytes for f in factors if f is not None)
