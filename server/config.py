@@ -19,12 +19,16 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    threads: int | None = Field(None, ge=1, description="Compute threads; None leaves torch's choice")
+    threads: int | None = Field(
+        None, ge=1, description="Compute threads; None leaves torch's choice"
+    )
 
     max_running: int = Field(64, ge=1, description="Sequences in a batch")
     max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step")
     max_waiting: int = Field(1024, ge=1, description="Requests in line before 503")
-    max_context: int | None = Field(None, ge=2, description="Tokens of prompt and answer; None is the backbone's")
+    max_context: int | None = Field(
+        None, ge=2, description="Tokens of prompt and answer; None is the backbone's"
+    )
     kv_cache_tokens: int = Field(65536, ge=16, description="Tokens the key-value cache may hold")
 
     max_n: int = Field(16, ge=1)
@@ -35,4 +39,6 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(16 << 20, ge=1024)
     max_deadline: float = Field(3600.0, gt=0, description="Seconds one request may take at most")
     task_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="Resident routings")
-    drain_seconds: float = Field(30.0, ge=0, description="How long SIGTERM waits for running requests")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="How long SIGTERM waits for running requests"
+    )

@@ -1,10 +1,10 @@
 """What can go wrong around the engine.
 
-    EngineError
-    ├── EngineFull      the waiting line is full: try again later
-    ├── EngineDraining  the engine is shutting down and takes nothing new
-    ├── EngineDead      the engine's thread ended; nothing will ever be answered
-    └── RequestTooLarge the request can never fit into the key-value cache
+EngineError
+├── EngineFull      the waiting line is full: try again later
+├── EngineDraining  the engine is shutting down and takes nothing new
+├── EngineDead      the engine's thread ended; nothing will ever be answered
+└── RequestTooLarge the request can never fit into the key-value cache
 """
 
 

@@ -1,0 +1,199 @@
+"""The command `polyhead`.
+
+Heavy packages are imported inside the commands that need them, so that `--help` answers at once.
+Exit status: 0 done, 1 the work failed, 2 the command or a setting is wrong.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from polyhead.adapters.errors import AdapterError
+from polyhead.server.config import Settings
+from polyhead.server.demo.folders import DemoError
+from polyhead.server.engine.errors import EngineError
+
+app = typer.Typer(
+    help="Serve thousands of tasks from one backbone and one inventory of LoRA skills.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(status)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What is raised on purpose becomes one line; a traceback is left for what is a bug."""
+    try:
+        yield
+    except (AdapterError, EngineError, DemoError, OSError) as exc:
+        _fail(str(exc), 1)
+
+
+def _settings(flags: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as exc:
+        for error in exc.errors()[:-1]:
+            typer.echo(f"error: {_setting_error(error)}", err=True)
+        _fail(_setting_error(exc.errors()[-1]), 2)
+
+
+def _setting_error(error: Any) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"--{name.replace('_', '-')} (or {_variable(name)}) is needed"
+    return f"--{name.replace('_', '-')}: {error['msg']}, found {error['input']!r}"
+
+
+def _variable(name: str) -> str:
+    return f"{Settings.model_config.get('env_prefix', '')}{name.upper()}"
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    help_text = field.description or name.replace("_", " ").capitalize()
+    if field.default not in (None, PydanticUndefined):
+        help_text += f" [default: {field.default}]"
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[field.annotation | None, typer.Option(help=help_text)],  # type: ignore[operator, unused-ignore]
+    )
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` one flag for every field of `Settings`, besides its own parameters.
+
+    A flag that is not given stays out of the way of the environment and of the default.
+    """
+    flags = [_flag(name, field) for name, field in Settings.model_fields.items()]
+    own = list(inspect.signature(command).parameters.values())[:-1]
+    command.__signature__ = inspect.Signature(flags + own)  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@_with_settings
+def serve(
+    *,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the settings in force and exit")
+    ] = False,
+    **flags: Any,
+) -> None:
+    """Start the server.
+
+    Every flag may stand in the environment instead: --max-running is POLYHEAD_MAX_RUNNING.
+    """
+    settings = _settings(flags)
+    if print_config:
+        typer.echo(settings.model_dump_json(indent=2))
+        return
+    from polyhead.server.http.serve import run
+
+    with _one_line_errors():
+        run(settings)
+
+
+@convert_app.command("peft")
+def convert_peft_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a PEFT POLY adapter")],
+    out: Annotated[Path, typer.Argument(help="Folder of the inventory to write")],
+    backbone: Annotated[str, typer.Option(help="Folder of the backbone, or its local name")],
+    names: Annotated[
+        Path | None, typer.Option(help="Task names, one a line, in the order of training")
+    ] = None,
+) -> None:
+    """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
+    from transformers import AutoModelForCausalLM
+
+    from polyhead.adapters.convert.peft import convert_peft
+
+    with _one_line_errors():
+        task_names = names.read_text().split() if names else None
+        model = AutoModelForCausalLM.from_pretrained(backbone, local_files_only=True)
+        inventory = convert_peft(source, model, Path(backbone).name, task_names)
+        inventory.save(out)
+    typer.echo(f"{out}: {len(inventory.tasks)} tasks, fingerprint {inventory.fingerprint}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Data folder, with the wheel of the demo in it")],
+) -> None:
+    """Prepare the demo's backbone and inventory; what is there already is kept."""
+    from polyhead.server.demo.backbone import prepare_backbone
+    from polyhead.server.demo.inventory import prepare_inventory
+
+    with _one_line_errors():
+        backbone = prepare_backbone(folder)
+        inventory = prepare_inventory(folder, backbone)
+    typer.echo(f"backbone {backbone}\ninventory {inventory}")
+
+
+@app.command("inspect")
+def inspect_inventory(
+    inventory: Annotated[Path, typer.Argument(help="Folder of an inventory")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what an inventory holds, after checking every tensor in it."""
+    from polyhead.adapters.inventory import Inventory
+
+    with _one_line_errors():
+        facts = _facts(Inventory.load(inventory))
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_facts(facts)
+
+
+def _facts(inventory: Any) -> dict[str, Any]:
+    header = inventory.header
+    return {
+        "backbone": header.backbone.model_dump(),
+        "modules": [module.model_dump() for module in header.modules],
+        "heads": header.heads,
+        "skills": header.skills,
+        "rank": header.rank,
+        "scaling": header.scaling,
+        "dtype": header.dtype,
+        "fingerprint": inventory.fingerprint,
+        "provenance": header.provenance,
+        "tasks": sorted(inventory.tasks),
+    }
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shapes = {(m["in_features"], m["out_features"]) for m in facts["modules"]}
+    shown = {
+        **facts,
+        "backbone": f"{facts['backbone']['name']} ({facts['backbone']['fingerprint'][:12]})",
+        "modules": f"{len(facts['modules'])} of {len(shapes)} shapes",
+        "provenance": ", ".join(f"{key} {value}" for key, value in facts["provenance"].items()),
+        "tasks": f"{len(facts['tasks'])}: {', '.join(facts['tasks'])}",
+    }
+    table = Table(show_header=False, box=None)
+    for name, value in shown.items():
+        table.add_row(name, str(value))
+    Console().print(table)
