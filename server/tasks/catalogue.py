@@ -1,0 +1,126 @@
+"""What is resident: prepared adapters of the tasks in use, within a bound of memory."""
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+
+from polyhead.adapters.plan import Adapter, RoutedTask
+from polyhead.adapters.routing import Layout, Routing
+from polyhead.server.engine.request import BASE_TASK
+from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.task import Task
+
+ROW_BYTES = 4096
+"""Charged for every task beside its numbers and texts: its objects, keys and bookkeeping."""
+
+
+@dataclass(frozen=True)
+class ResolvedTask:
+    """One generation of a task, ready to serve. It stays usable after the task is gone."""
+
+    task: Task
+    adapter: Adapter  # None for the bare backbone
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Memory it holds, in bytes, rounded up generously."""
+        task = self.task
+        texts = json.dumps([task.template, task.defaults, task.metadata, task.provenance])
+        if self.adapter is None:
+            return ROW_BYTES
+        numbers = self.adapter.weights if isinstance(self.adapter, RoutedTask) else self.adapter
+        return ROW_BYTES + 4 * len(texts) + numbers.nbytes
+
+
+BASE = ResolvedTask(
+    Task(
+        id=BASE_TASK,
+        generation=BASE_TASK,
+        kind="base",
+        granularity=None,
+        routing_kind=None,
+        template=None,
+        defaults={},
+        metadata={},
+        provenance={},
+        created_at=datetime.fromtimestamp(0, UTC),
+        updated_at=datetime.fromtimestamp(0, UTC),
+    ),
+    adapter=None,
+)
+"""The bare backbone, which no registry holds."""
+
+
+class Catalogue:
+    """Resolves ids to what the engine runs, keeping the most recently used within `max_bytes`.
+
+    It follows the registry's changes: once a change has returned, the old generation is not
+    resolved any more. Requests that hold a `ResolvedTask` keep its memory until they let go.
+    Safe to call from any thread.
+    """
+
+    def __init__(self, registry: Registry, layout: Layout, max_bytes: int = 512 << 20) -> None:
+        self._registry = registry
+        self._layout = layout
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._resident: OrderedDict[str, ResolvedTask] = OrderedDict()
+        self._bytes = 0
+        self._loading: dict[str, object] = {}
+        registry.subscribe(self._forget)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of everything resident, in bytes; at most `max_bytes`."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        """How many tasks are resident."""
+        return len(self._resident)
+
+    def resolve(self, task_id: str) -> ResolvedTask:
+        """Raises `UnknownTask`, and `RegistryUnavailable` for a task that is not resident."""
+        if task_id == BASE_TASK:
+            return BASE
+        with self._lock:
+            resident = self._resident.get(task_id)
+            if resident is not None:
+                self._resident.move_to_end(task_id)
+                return resident
+            # What is read before a change must not be kept after it: `_forget` voids the ticket.
+            ticket = self._loading[task_id] = object()
+        resolved = None
+        try:
+            resolved = self._load(task_id)
+            return resolved
+        finally:
+            with self._lock:
+                if self._loading.get(task_id) is ticket:
+                    del self._loading[task_id]
+                    if resolved is not None:
+                        self._keep(resolved)
+
+    def _load(self, task_id: str) -> ResolvedTask:
+        task, content = self._registry.load(task_id)
+        if isinstance(content, Routing):
+            return ResolvedTask(task, RoutedTask(task.generation, content.weights(self._layout)))
+        return ResolvedTask(task, content)
+
+    def _keep(self, resolved: ResolvedTask) -> None:
+        if resolved.nbytes > self._max_bytes:
+            return
+        self._resident[resolved.task.id] = resolved
+        self._bytes += resolved.nbytes
+        while self._bytes > self._max_bytes:
+            _, evicted = self._resident.popitem(last=False)
+            self._bytes -= evicted.nbytes
+
+    def _forget(self, task_id: str) -> None:
+        with self._lock:
+            self._loading.pop(task_id, None)
+            gone = self._resident.pop(task_id, None)
+            if gone is not None:
+                self._bytes -= gone.nbytes

@@ -1,0 +1,99 @@
+"""What the task registry refuses.
+
+RegistryError             base; carries the task id where there is one
+├── UnknownTask           no task has this id
+├── TaskExists            the id is taken
+├── StaleGeneration       the task is no longer at the generation the caller names
+├── InvalidId             an id that could not stand in a URL
+│   └── ReservedId        a valid id that Polyhead keeps for itself
+├── InvalidCursor         a page was asked for with a cursor that `list` never gave
+├── NotARouting           a private adapter was asked for its routing
+├── InventoryMismatch     the stored tasks were made for another inventory
+├── SchemaTooNew          a later version of Polyhead wrote the database
+└── RegistryUnavailable   the database is locked, full, unreadable: try again later
+"""
+
+
+class RegistryError(Exception):
+    """Base of everything the registry raises on purpose."""
+
+    def __init__(self, message: str, *, task_id: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.task_id = task_id
+
+
+class UnknownTask(RegistryError):
+    """No task has this id."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"no task {task_id!r} is registered", task_id=task_id)
+
+
+class TaskExists(RegistryError):
+    """The id is taken."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"a task {task_id!r} is registered already", task_id=task_id)
+
+
+class StaleGeneration(RegistryError):
+    """The task is at generation `found` and no longer at `expected`, which the caller names."""
+
+    def __init__(self, task_id: str, *, found: str, expected: str) -> None:
+        super().__init__(
+            f"task {task_id!r} has changed: expected generation {expected}, found {found}",
+            task_id=task_id,
+        )
+        self.found = found
+        self.expected = expected
+
+
+class InvalidId(RegistryError):
+    """An id that could not stand in a URL or on a command line."""
+
+    def __init__(self, task_id: str, *, expected: str) -> None:
+        super().__init__(f"task id: expected {expected}; found {task_id!r}", task_id=task_id)
+        self.expected = expected
+
+
+class ReservedId(InvalidId):
+    """A valid id that Polyhead keeps for itself."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id, expected="an id other than the bare backbone's")
+
+
+class InvalidCursor(RegistryError):
+    """A page was asked for with a cursor that `list` never gave."""
+
+    def __init__(self, cursor: str) -> None:
+        super().__init__(f"cursor: expected the 'next' of an earlier page; found {cursor!r}")
+        self.cursor = cursor
+
+
+class NotARouting(RegistryError):
+    """A private adapter was asked for something that only a routing has."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"task {task_id!r} is a private adapter, not a routing", task_id=task_id)
+
+
+class InventoryMismatch(RegistryError):
+    """The stored tasks were made for the inventory `found`; the one being served is `expected`."""
+
+    def __init__(self, place: str, *, tasks: int, found: str, expected: str) -> None:
+        super().__init__(
+            f"{place}: its {tasks} tasks were made for the inventory {found}, the inventory being "
+            f"served is {expected}; serve the former or give another data folder"
+        )
+        self.found = found
+        self.expected = expected
+
+
+class SchemaTooNew(RegistryError):
+    """A later version of Polyhead wrote the database."""
+
+
+class RegistryUnavailable(RegistryError):
+    """The database is locked, full, unreadable or not there; what was asked for is not stored."""

@@ -1,0 +1,94 @@
+"""The registry's tables. The migrations build them; a test holds the two together."""
+
+from datetime import UTC, datetime
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+    "pk": "pk_%(table_name)s",
+}
+metadata = MetaData(naming_convention=NAMING)
+
+# Prefixes and cursors compare ids byte by byte, which PostgreSQL does under this collation only.
+TaskId = String(128).with_variant(String(128, collation="C"), "postgresql")
+Digest = String(64)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """Aware datetimes in UTC, also where the database keeps no zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        return None if value is None else value.replace(tzinfo=value.tzinfo or UTC)
+
+
+contents = Table(
+    "contents",
+    metadata,
+    Column("fingerprint", Digest, primary_key=True),
+    Column("data", LargeBinary, nullable=False),  # safetensors
+)
+
+# Apart from the contents so that a scan over all tasks reads 0.5 kB of each and not 54.
+sketches = Table(
+    "sketches",
+    metadata,
+    Column("fingerprint", Digest, ForeignKey("contents.fingerprint"), primary_key=True),
+    Column("sketch", LargeBinary, nullable=False),  # [SKETCH_WIDTH] float32, little-endian
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", TaskId, primary_key=True),
+    Column("generation", Digest, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("granularity", String(16)),
+    Column("routing_kind", String(16)),
+    Column("template", Text),
+    Column("defaults", JSON, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("provenance", JSON, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Column("content", Digest, ForeignKey("contents.fingerprint"), nullable=False, index=True),
+)
+
+# One row per metadata entry: a filter is an index look-up, and the same SQL on every database.
+labels = Table(
+    "labels",
+    metadata,
+    Column("task_id", TaskId, ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    Column("label", Digest, primary_key=True),
+    Index("ix_labels_label", "label", "task_id"),
+)
+
+# Which of the inventory's tasks were registered once: a deleted one must not come back.
+seeds = Table("seeds", metadata, Column("task_id", TaskId, primary_key=True))
+
+info = Table(
+    "info",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)

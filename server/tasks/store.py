@@ -1,0 +1,184 @@
+"""Rows of the registry: every statement it runs, each inside of a transaction of the caller's."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, exists, func, insert, select
+from sqlalchemy import update as update_rows
+from sqlalchemy.exc import IntegrityError
+
+from polyhead.server.tasks.contents import StoredContent
+from polyhead.server.tasks.errors import StaleGeneration, TaskExists, UnknownTask
+from polyhead.server.tasks.models import contents, info, labels, seeds, sketches, tasks
+from polyhead.server.tasks.task import JsonScalar, Task
+
+
+@dataclass(frozen=True)
+class Record:
+    """A task's row: the task and the fingerprint of its content."""
+
+    task: Task
+    content: str
+
+
+def find(connection: Connection, task_id: str) -> Record:
+    """Raises `UnknownTask`."""
+    return _one(connection, select(tasks).where(tasks.c.id == task_id), task_id)
+
+
+def claim(connection: Connection, task_id: str, if_match: str | None) -> Record:
+    """The row to change, held against other writers until the transaction ends.
+
+    Raises `UnknownTask`, or `StaleGeneration` when it is not at generation `if_match`.
+    """
+    statement = select(tasks).where(tasks.c.id == task_id).with_for_update()
+    record = _one(connection, statement, task_id)
+    if if_match is not None and record.task.generation != if_match:
+        raise StaleGeneration(task_id, found=record.task.generation, expected=if_match)
+    return record
+
+
+def add(connection: Connection, record: Record) -> None:
+    """Its content must be there. Raises `TaskExists`; the transaction is void then."""
+    try:
+        connection.execute(insert(tasks), _row(record))
+    except IntegrityError as exc:
+        raise TaskExists(record.task.id) from exc
+    _put_labels(connection, record.task)
+
+
+def update(connection: Connection, record: Record) -> None:
+    """Write a row that was claimed."""
+    task = record.task
+    connection.execute(update_rows(tasks).where(tasks.c.id == task.id), _row(record))
+    connection.execute(delete(labels).where(labels.c.task_id == task.id))
+    _put_labels(connection, task)
+
+
+def remove(connection: Connection, record: Record) -> None:
+    connection.execute(delete(tasks).where(tasks.c.id == record.task.id))
+    drop_unused(connection, record.content)
+
+
+def put_content(connection: Connection, content: StoredContent) -> None:
+    """Equal contents are stored once, however many tasks have them."""
+    key = content.fingerprint
+    if connection.scalar(select(contents.c.fingerprint).where(contents.c.fingerprint == key)):
+        return
+    connection.execute(insert(contents), {"fingerprint": key, "data": content.data})
+    if content.sketch is not None:
+        connection.execute(insert(sketches), {"fingerprint": key, "sketch": content.sketch})
+
+
+def drop_unused(connection: Connection, fingerprint: str) -> None:
+    """Delete a content that no task has any more."""
+    if connection.scalar(select(exists().where(tasks.c.content == fingerprint))):
+        return
+    connection.execute(delete(sketches).where(sketches.c.fingerprint == fingerprint))
+    connection.execute(delete(contents).where(contents.c.fingerprint == fingerprint))
+
+
+def content_data(connection: Connection, fingerprint: str) -> bytes:
+    statement = select(contents.c.data).where(contents.c.fingerprint == fingerprint)
+    data: bytes = connection.execute(statement).scalar_one()
+    return data
+
+
+def count(connection: Connection) -> int:
+    return connection.execute(select(func.count()).select_from(tasks)).scalar_one()
+
+
+def page(
+    connection: Connection,
+    after: str | None,
+    limit: int,
+    metadata: Mapping[str, JsonScalar],
+    prefix: str | None,
+) -> list[Task]:
+    """The first `limit` tasks with these metadata and this prefix whose id comes after `after`."""
+    wanted: list[ColumnElement[bool]] = [
+        exists().where(labels.c.task_id == tasks.c.id, labels.c.label == _label(key, value))
+        for key, value in metadata.items()
+    ]
+    if after is not None:
+        wanted.append(tasks.c.id > after)
+    if prefix is not None:
+        # No id holds a character as high as DEL, so this is the end of the prefix's range.
+        wanted += [tasks.c.id >= prefix, tasks.c.id < prefix + "\x7f"]
+    statement = select(tasks).where(*wanted).order_by(tasks.c.id).limit(limit)
+    return [_record(row).task for row in connection.execute(statement)]
+
+
+def all_tasks(connection: Connection) -> list[Task]:
+    return [_record(row).task for row in connection.execute(select(tasks).order_by(tasks.c.id))]
+
+
+def all_sketches(connection: Connection) -> tuple[list[str], list[bytes]]:
+    """Fingerprints of all routings and their sketches, in the same order."""
+    rows = connection.execute(select(sketches.c.fingerprint, sketches.c.sketch)).all()
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def holders(connection: Connection, fingerprints: Sequence[str]) -> list[tuple[str, str]]:
+    """Id and content of every task that has one of these contents."""
+    statement = select(tasks.c.id, tasks.c.content).where(tasks.c.content.in_(fingerprints))
+    return [(row[0], row[1]) for row in connection.execute(statement)]
+
+
+def unseeded(connection: Connection, task_ids: Sequence[str]) -> list[str]:
+    """Those of `task_ids` that are free and were never registered from the inventory."""
+    known = set(connection.scalars(select(seeds.c.task_id)))
+    asked = [task_id for task_id in task_ids if task_id not in known]
+    taken = set(connection.scalars(select(tasks.c.id).where(tasks.c.id.in_(asked))))
+    return [task_id for task_id in asked if task_id not in taken]
+
+
+def mark_seeded(connection: Connection, task_id: str) -> None:
+    connection.execute(insert(seeds), {"task_id": task_id})
+
+
+def read_info(connection: Connection, key: str) -> str | None:
+    return connection.scalar(select(info.c.value).where(info.c.key == key))
+
+
+def write_info(connection: Connection, key: str, value: str) -> None:
+    connection.execute(delete(info).where(info.c.key == key))
+    connection.execute(insert(info), {"key": key, "value": value})
+
+
+def clear(connection: Connection) -> None:
+    """Delete every task."""
+    for table in (labels, tasks, sketches, contents, seeds):
+        connection.execute(delete(table))
+
+
+def _one(connection: Connection, statement: Select[Any], task_id: str) -> Record:
+    row = connection.execute(statement).one_or_none()
+    if row is None:
+        raise UnknownTask(task_id)
+    return _record(row)
+
+
+def _record(row: Row[Any]) -> Record:
+    values = dict(row._mapping)
+    content = values.pop("content")
+    return Record(Task(**values), content)
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {**asdict(record.task), "content": record.content}
+
+
+def _put_labels(connection: Connection, task: Task) -> None:
+    rows = [{"task_id": task.id, "label": _label(*item)} for item in task.metadata.items()]
+    if rows:
+        connection.execute(insert(labels), rows)
+
+
+def _label(key: str, value: JsonScalar) -> str:
+    """A digest, because a database's index takes no entries of any length."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return hashlib.sha256(json.dumps([key, text]).encode()).hexdigest()
