@@ -1,13 +1,13 @@
 """What can be wrong with adapters.
 
-    AdapterError            base; carries the field, what was found and what was expected
-    ├── RoutingError        a routing's shape, numbers or encoding
-    ├── InventoryError      an inventory folder, its header or its tensors
-    │   └── BackboneMismatch  a sound inventory, made for another backbone
-    ├── PrivateAdapterError a private adapter's shapes, numbers or encoding
-    ├── InjectionError      the backbone cannot take these adapters
-    ├── PlanError           a forward pass was planned wrongly (a programming error)
-    └── ConversionError     a foreign checkpoint holds something that is not implemented
+AdapterError            base; carries the field, what was found and what was expected
+├── RoutingError        a routing's shape, numbers or encoding
+├── InventoryError      an inventory folder, its header or its tensors
+│   └── BackboneMismatch  a sound inventory, made for another backbone
+├── PrivateAdapterError a private adapter's shapes, numbers or encoding
+├── InjectionError      the backbone cannot take these adapters
+├── PlanError           a forward pass was planned wrongly (a programming error)
+└── ConversionError     a foreign checkpoint holds something that is not implemented
 """
 
 
@@ -17,7 +17,9 @@ class AdapterError(ValueError):
     `field` is the dotted path of the offending value, relative to what the caller handed over.
     """
 
-    def __init__(self, message: str, *, field: str = "", found: str = "", expected: str = "") -> None:
+    def __init__(
+        self, message: str, *, field: str = "", found: str = "", expected: str = ""
+    ) -> None:
         self.field = field
         self.found = found
         self.expected = expected

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor, nn
 
 from polyhead.adapters.errors import BackboneMismatch, InventoryError, RoutingError
@@ -18,7 +19,15 @@ from polyhead.adapters.tensor_files import read_tensors, tensor_bytes, write_ten
 HEADER_FILE = "inventory.json"
 TENSOR_FILE = "inventory.safetensors"
 TASK_FOLDER = "tasks"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+RESERVED_TASK = "base"
+"""The task id of the bare backbone, which no routing may take."""
+DtypeName = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[DtypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class ModuleShape(BaseModel):
@@ -52,9 +61,18 @@ class InventoryHeader(BaseModel):
     heads: int = Field(gt=0)
     skills: int = Field(gt=0)
     rank: int = Field(gt=0)
-    scaling: float
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    scaling: float = Field(allow_inf_nan=False)
+    dtype: DtypeName = "float32"
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("modules")
+    @classmethod
+    def _distinct(cls, modules: tuple[ModuleShape, ...]) -> tuple[ModuleShape, ...]:
+        names = [module.name for module in modules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"modules named twice: {twice[:3]}")
+        return modules
 
     def shape_a(self, module: ModuleShape) -> tuple[int, ...]:
         """`[H, S, I/H, r]`."""
@@ -81,8 +99,16 @@ class Inventory:
     ) -> None:
         self.header = header
         dtype = DTYPES[header.dtype]
-        self.a = {m.name: _checked(a, m, "A", header.shape_a(m), header, dtype) for m in header.modules}
-        self.b = {m.name: _checked(b, m, "B", header.shape_b(m), header, dtype) for m in header.modules}
+        names = {module.name for module in header.modules}
+        odd = sorted((a.keys() | b.keys()) - names)
+        if odd:
+            raise InventoryError("tensors of modules that the header lacks", found=str(odd[:3]))
+        self.a = {
+            m.name: _checked(a, m, "A", header.shape_a(m), header, dtype) for m in header.modules
+        }
+        self.b = {
+            m.name: _checked(b, m, "B", header.shape_b(m), header, dtype) for m in header.modules
+        }
         self.tasks = dict(tasks or {})
 
     @cached_property
@@ -93,7 +119,9 @@ class Inventory:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the canonical header and the tensor bytes, in module order."""
-        canonical = json.dumps(self.header.model_dump(), sort_keys=True, separators=(",", ":"))
+        # Through JSON and back, so that a header hashes as it will once it is saved and loaded.
+        plain = json.loads(self.header.model_dump_json())
+        canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode())
         for module in self.header.modules:
             digest.update(tensor_bytes(self.a[module.name]))
@@ -112,7 +140,7 @@ class Inventory:
         scaling: float = 1.0,
         seed: int = 0,
         std: float = 0.02,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: DtypeName = "float32",
     ) -> "Inventory":
         """Skills drawn from a normal distribution, B too, so that tasks differ from the start."""
         header = InventoryHeader(
@@ -143,20 +171,34 @@ class Inventory:
             tensors = read_tensors(folder / TENSOR_FILE)
         except ValueError as exc:
             raise InventoryError(str(exc)) from exc
+        odd = sorted(name for name in tensors if not name.endswith((".A", ".B")))
+        if odd:
+            raise InventoryError("unknown tensors", field=TENSOR_FILE, found=str(odd[:3]))
         a = {name[:-2]: tensor for name, tensor in tensors.items() if name.endswith(".A")}
         b = {name[:-2]: tensor for name, tensor in tensors.items() if name.endswith(".B")}
         inventory = cls(header, a, b)
         for path in sorted((folder / TASK_FOLDER).glob("*.safetensors")):
+            _check_task_name(path.stem)
             try:
-                inventory.tasks[path.stem] = Routing.from_safetensors(path.read_bytes(), inventory.layout)
+                inventory.tasks[path.stem] = Routing.from_safetensors(
+                    path.read_bytes(), inventory.layout
+                )
             except RoutingError as exc:
                 raise InventoryError(f"{path}: {exc}") from exc
         return inventory
 
     def save(self, folder: Path | str) -> None:
-        """Write the folder that `load` reads."""
+        """Write the folder that `load` reads; tasks that an older inventory left there go.
+
+        Raises `InventoryError` when a task's name cannot be a file's.
+        """
         folder = Path(folder)
+        for name in self.tasks:
+            _check_task_name(name)
         (folder / TASK_FOLDER).mkdir(parents=True, exist_ok=True)
+        for path in (folder / TASK_FOLDER).glob("*.safetensors"):
+            if path.stem not in self.tasks:
+                path.unlink()
         tensors = {f"{name}.A": tensor for name, tensor in self.a.items()}
         tensors |= {f"{name}.B": tensor for name, tensor in self.b.items()}
         write_tensors(folder / TENSOR_FILE, tensors, {"format": "1"})
@@ -188,6 +230,16 @@ def backbone_fingerprint(model: nn.Module, samples: int = 64) -> str:
         index = torch.linspace(0, flat.numel() - 1, samples, dtype=torch.float64).long()
         digest.update(tensor_bytes(flat[index.to(flat.device)].to(torch.bfloat16)))
     return digest.hexdigest()
+
+
+def _check_task_name(name: str) -> None:
+    if not TASK_NAME.fullmatch(name) or name == RESERVED_TASK:
+        raise InventoryError(
+            "unusable task name",
+            field=f"tasks.{name}",
+            found=repr(name),
+            expected=f"a match of {TASK_NAME.pattern}, not {RESERVED_TASK!r}",
+        )
 
 
 def _read_header(path: Path) -> InventoryHeader:

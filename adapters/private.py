@@ -45,10 +45,12 @@ class PrivateAdapter:
             )
         for name in a:
             _check_pair(shapes[name], a[name], b[name], max_rank)
-        return cls(
+        served = cls(
             {name: tensor.to(torch.float32) for name, tensor in a.items()},
             {name: tensor.to(torch.float32) * scaling for name, tensor in b.items()},
         )
+        served._check_finite()
+        return served
 
     @classmethod
     def from_safetensors(
@@ -84,6 +86,12 @@ class PrivateAdapter:
                 digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
+    def _check_finite(self) -> None:
+        """After the conversion and the scaling, which can overflow float32."""
+        for name in self.a:
+            if not (self.a[name].isfinite().all() and self.b[name].isfinite().all()):
+                raise PrivateAdapterError("not every number is finite in float32", field=name)
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.a.values(), *self.b.values()))
@@ -100,5 +108,8 @@ def _check_pair(module: ModuleShape, a: Tensor, b: Tensor, max_rank: int) -> Non
             found=f"A {list(a.shape)}, B {list(b.shape)}",
             expected=expected,
         )
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise PrivateAdapterError("not every number is finite", field=module.name)
+    for tensor in (a, b):
+        if not tensor.is_floating_point():
+            raise PrivateAdapterError(
+                "wrong dtype", field=module.name, found=str(tensor.dtype), expected="floating point"
+            )

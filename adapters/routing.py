@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any, Literal, get_args
 
 import torch
@@ -95,6 +96,10 @@ class Routing:
                 found=str(list(values.shape)),
                 expected=str(list(wanted)),
             )
+        if not values.is_floating_point():
+            raise RoutingError(
+                "wrong dtype", field=path, found=str(values.dtype), expected="floating point"
+            )
         values = values.to(torch.float32).contiguous()
         _refuse_where(~torch.isfinite(values), values, path, "a finite number")
         if kind == "weights":
@@ -179,10 +184,18 @@ def mix(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     """The routing weights of a mixture of tasks: the weighted mean of theirs.
 
     parts: pairs of `[M, H, S]` weights and a positive share; shares are normalised to sum to 1.
+    Raises `RoutingError` that names the share.
     """
+    for index, (_, share) in enumerate(parts):
+        if not (isfinite(share) and share > 0):
+            raise RoutingError(
+                "unusable share", field=f"mixture[{index}]", found=f"{share:g}", expected="above 0"
+            )
     total = sum(share for _, share in parts)
-    if not parts or total <= 0:
-        raise RoutingError("a mixture needs at least one positive share", field="mixture")
+    if not parts or not isfinite(total):
+        raise RoutingError(
+            "shares cannot be normalised", field="mixture", found=f"a sum of {total:g}"
+        )
     return torch.stack([weights * (share / total) for weights, share in parts]).sum(0)
 
 

@@ -16,8 +16,8 @@ MAX_HEADER_BYTES = 1 << 20
 def read_header(data: bytes) -> dict[str, object]:
     """The JSON header of safetensors `data`, checked against the bytes that are really there.
 
-    Raises `ValueError` on truncation, on a header longer than `MAX_HEADER_BYTES`, and on tensors
-    that lie outside of the data, before anything is allocated for them.
+    Raises `ValueError` on truncation and on a header longer than `MAX_HEADER_BYTES`, before
+    anything is allocated for it.
     """
     if len(data) < 8:
         raise ValueError(f"truncated safetensors: {len(data)} bytes, expected at least 8")
@@ -68,9 +68,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` to `path` as safetensors."""
+    """Write `tensors` to `path` as safetensors, whole or not at all.
+
+    Never in place: tensors that `read_tensors` mapped from the same file may be among them.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, dict(metadata))
+    unfinished = path.with_name(path.name + ".part")
+    save_file(whole, unfinished, dict(metadata))
+    unfinished.replace(path)
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
