@@ -17,6 +17,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(description="Folder for the task registry")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    allow_remote: bool = Field(False, description="Serve on an address others can reach")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     threads: int | None = Field(
@@ -36,6 +37,7 @@ class Settings(BaseSettings):
     max_stop_strings: int = Field(16, ge=0)
     max_stop_length: int = Field(256, ge=1, description="Characters in one stop string")
     max_choices: int = Field(256, ge=1, description="Choices in one /score request")
+    max_mixture: int = Field(64, ge=1, description="Tasks in one mixture")
     max_body_bytes: int = Field(16 << 20, ge=1024)
     max_deadline: float = Field(3600.0, gt=0, description="Seconds one request may take at most")
     task_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="Resident routings")

@@ -1,0 +1,84 @@
+"""The application: routes, middleware, and the lifespan that starts and stops the engine."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from polyhead.server.config import Settings
+from polyhead.server.engine.loading import Loaded
+from polyhead.server.http import generate, health, inventory, problems, score, tasks
+from polyhead.server.http.admission import Admission
+from polyhead.server.http.bodies import Pool, document
+from polyhead.server.http.bridge import Bridge
+from polyhead.server.http.limits import BodyLimit
+from polyhead.server.http.request_ids import RequestIds
+from polyhead.server.http.schemas import EditBody, GenerateBody, ScoreBody, TaskBody
+from polyhead.server.http.service import Service
+from polyhead.server.metrics import Metrics
+from polyhead.server.tasks.catalogue import Catalogue
+from polyhead.server.tasks.registry import Registry
+
+
+def create_app(
+    settings: Settings,
+    loaded: Loaded,
+    registry: Registry,
+) -> FastAPI:
+    """The service over a loaded backbone and an open registry.
+
+    The engine runs for as long as the app's lifespan; `app.state.service` holds the parts.
+    """
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        bridge = Bridge(asyncio.get_running_loop(), metrics)
+        app.state.service = service = _service(settings, loaded, registry, bridge, metrics)
+        metrics.watch_load(service.load)
+        service.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.engine.stop)
+
+    app = FastAPI(
+        title="Polyhead",
+        version=version("polyhead"),
+        lifespan=lifespan,
+        # Their pages would load scripts from elsewhere; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(RequestIds)
+    problems.install(app, metrics)
+    for module in (generate, score, tasks, inventory, health):
+        app.include_router(module.router)
+    document(app, GenerateBody, ScoreBody, TaskBody, EditBody)
+    return app
+
+
+def _service(
+    settings: Settings, loaded: Loaded, registry: Registry, bridge: Bridge, metrics: Metrics
+) -> Service:
+    admission = Admission(
+        settings=settings,
+        tokenizer=loaded.tokenizer,
+        catalogue=Catalogue(registry, settings.task_cache_bytes),
+        inventory=loaded.inventory,
+        max_context=loaded.max_context,
+    )
+    return Service(
+        settings=settings,
+        engine=loaded.engine(bridge.publish, bridge.died),
+        bridge=bridge,
+        tokenizer=loaded.tokenizer,
+        inventory=loaded.inventory,
+        registry=registry,
+        admission=admission,
+        metrics=metrics,
+        pool=Pool(),
+    )

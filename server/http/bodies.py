@@ -1,0 +1,71 @@
+"""Reading a call's body: type, size, JSON and schema, with the slow parts off the event loop."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from polyhead.server.http.limits import JSON, content_type
+
+B = TypeVar("B", bound=BaseModel)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+POOL_THREADS = 4
+"""Threads for parsing, tokenising and the registry. More would only share the interpreter lock
+with the engine and the event loop, and make both wait longer for it."""
+
+
+class Pool:
+    """Runs what can be slow in a few threads, off the event loop. Built on that loop."""
+
+    def __init__(self) -> None:
+        self._limiter = CapacityLimiter(POOL_THREADS)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of `work(*args, **kwargs)`, or what it raises."""
+        return await anyio.to_thread.run_sync(partial(work, *args, **kwargs), limiter=self._limiter)
+
+
+def json_body(model: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency that reads the body as `model`.
+
+    Raises `UnsupportedContent`, `BodyTooLarge`, `pydantic.ValidationError` or `InvalidValue`.
+    """
+
+    async def read(request: Request) -> B:
+        content_type(request, JSON)
+        data = await request.body()
+        pool: Pool = request.app.state.service.pool
+        return await pool.run(model.model_validate_json, data)
+
+    return read
+
+
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a call whose body is read by `json_body(model)`."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
+
+
+def document(app: FastAPI, *models: type[BaseModel]) -> None:
+    """Add the schemas that `takes` refers to to the app's OpenAPI description."""
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            pairs: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in models]
+            _, schemas = models_json_schema(pairs, ref_template="#/components/schemas/{model}")
+            described.setdefault("components", {}).setdefault("schemas", {}).update(
+                schemas["$defs"]
+            )
+            app.openapi_schema = described
+        return app.openapi_schema
+
+    app.openapi = describe  # type: ignore[method-assign]

@@ -1,0 +1,157 @@
+"""The one place where the engine's thread meets the event loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import Protocol, TypeVar
+
+from starlette.types import Receive
+
+from polyhead.server.engine.errors import EngineDead
+from polyhead.server.engine.request import Event, Failure, Output, Request
+from polyhead.server.http.errors import ClientGone, GenerationFailed
+from polyhead.server.metrics import Metrics, Stopwatch
+
+T = TypeVar("T")
+
+
+class Answering(Protocol):
+    """The part of the engine that the bridge calls; both methods may be called on any thread."""
+
+    def submit(self, request: Request) -> None:
+        """Take a request in, or raise an `EngineError`."""
+
+    def abort(self, request_id: str) -> None:
+        """Let go of a request at once; an unknown id is no error."""
+
+
+class Answer:
+    """The outputs of one request, on the event loop, in the order the engine made them.
+
+    It holds at most what `max_tokens` and `n` let the engine make, however slow its reader.
+    """
+
+    def __init__(self, request: Request, stopwatch: Stopwatch) -> None:
+        self.request = request
+        self._stopwatch = stopwatch
+        self._open = len(request.continuations) or request.params.n
+        self._arrived: list[Output] = []
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the engine is through with the request."""
+        return self._open == 0 or self._error is not None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the batch that was read last holds the request's last output."""
+        return self._open == 0 and not self._arrived
+
+    def take(self, event: Event) -> None:
+        """Keep one event of the engine's."""
+        if isinstance(event, Failure):
+            self.fail(GenerationFailed(event.message))
+            return
+        self._stopwatch.saw(event)
+        self._arrived.append(event)
+        if event.finish_reason is not None:
+            self._open -= 1
+            if not self._open:
+                self._stopwatch.finished()
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """Whatever was already made stays readable, then `error` is raised."""
+        if not self.complete:
+            self._error = error
+            self._news.set()
+
+    async def batches(self) -> AsyncIterator[list[Output]]:
+        """Everything that arrived since the last batch, until the request is complete.
+
+        Raises `GenerationFailed` or `EngineDead` where the answer breaks off.
+        """
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            batch, self._arrived = self._arrived, []
+            if batch:
+                yield batch
+            if self._arrived:
+                continue
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return
+
+
+class Bridge:
+    """Hands requests to the engine and its events back to whoever waits for them.
+
+    `publish` and `died` are called on the engine's thread, everything else on the event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+        self._loop = loop
+        self._metrics = metrics
+        self._answers: dict[str, Answer] = {}
+        self.death: BaseException | None = None
+
+    def publish(self, events: list[Event]) -> None:
+        """All events of one step: one wake-up of the loop, however many requests it serves."""
+        self._loop.call_soon_threadsafe(self._deliver, events)
+
+    def died(self, error: BaseException) -> None:
+        """The engine's thread has ended with `error`."""
+        self._loop.call_soon_threadsafe(self._bury, error)
+
+    @contextlib.asynccontextmanager
+    async def ask(self, engine: Answering, request: Request) -> AsyncIterator[Answer]:
+        """Submit `request`; leaving the block early aborts it. Raises what `submit` raises."""
+        answer = Answer(request, Stopwatch(self._metrics, request.arrival, len(request.prompt)))
+        self._answers[request.id] = answer
+        try:
+            engine.submit(request)
+            try:
+                yield answer
+            finally:
+                if not answer.complete:
+                    engine.abort(request.id)
+        finally:
+            del self._answers[request.id]
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            answer = self._answers.get(event.request_id)
+            if answer is not None:
+                answer.take(event)
+
+    def _bury(self, error: BaseException) -> None:
+        self.death = error
+        for answer in self._answers.values():
+            answer.fail(EngineDead("the engine has stopped"))
+
+
+async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; cancels it and raises `ClientGone` as soon as the client disconnects.
+
+    The body must have been read: the next message from `receive` is then the disconnect.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone("the client left before its answer")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

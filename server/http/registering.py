@@ -1,0 +1,138 @@
+"""What a client registers: from a JSON body or a multipart form to a checked content."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from polyhead.adapters.errors import PrivateAdapterError
+from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.private import PrivateAdapter
+from polyhead.adapters.routing import Routing
+from polyhead.server.config import Settings
+from polyhead.server.http.admission import check_sampling, from_base64, read_routing
+from polyhead.server.http.bodies import Pool, json_body, takes
+from polyhead.server.http.errors import FieldError, InvalidValue, MalformedBody
+from polyhead.server.http.limits import JSON, MULTIPART, content_type
+from polyhead.server.http.schemas import TaskBody, TaskFields
+from polyhead.server.tasks.contents import Content
+
+TASK_PART = "task"
+FILE_PART = "routing"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A body and, where it came as a form, the bytes of the routing's file."""
+
+    body: TaskBody
+    file: bytes | None = None
+
+    def content(self, inventory: Inventory) -> Content | None:
+        """The numbers, checked against `inventory`; None where the task is to be a copy.
+
+        Raises `InvalidValue`, `RoutingError`, `PrivateAdapterError`.
+        """
+        self._one_source()
+        if self.file is not None:
+            return Routing.from_safetensors(self.file, inventory.layout)
+        if self.body.routing is not None:
+            return read_routing(self.body.routing, inventory)
+        if self.body.private_adapter is not None:
+            return read_private(self.body.private_adapter.safetensors, inventory)
+        return None
+
+    def _one_source(self) -> None:
+        body = self.body
+        sources = {
+            "routing": body.routing is not None or self.file is not None,
+            "copy_of": body.copy_of is not None,
+            "private_adapter": body.private_adapter is not None,
+        }
+        given = [name for name, there in sources.items() if there]
+        if body.routing is not None and self.file is not None:
+            given.append("the file part routing")
+        if len(given) != 1:
+            raise InvalidValue.of(
+                given[1] if given else "routing",
+                "give one of these fields",
+                found=" and ".join(given) or "none",
+                expected="exactly one of " + ", ".join(sources),
+            )
+
+
+async def registration(request: Request) -> Registration:
+    """A dependency that reads either form of the body.
+
+    Raises what `json_body` raises, and `MalformedBody` for a form that is not one.
+    """
+    if content_type(request, JSON, MULTIPART) == JSON:
+        return Registration(await json_body(TaskBody)(request))
+    try:
+        form = await request.form(max_files=1, max_fields=1)
+    except HTTPException as exc:
+        raise MalformedBody(str(exc.detail)) from exc
+    async with form:
+        parts = dict(form.multi_items())
+        task, file = parts.pop(TASK_PART, None), parts.pop(FILE_PART, None)
+        if parts:
+            raise _wrong_part(next(iter(parts)), "unknown part", "no such part")
+        if not isinstance(task, str):
+            raise _wrong_part(TASK_PART, "missing", "a part with the task as JSON")
+        if not isinstance(file, UploadFile):
+            raise _wrong_part(FILE_PART, "missing", "a part with a safetensors file")
+        data = await file.read()
+    pool: Pool = request.app.state.service.pool
+    return Registration(await pool.run(TaskBody.model_validate_json, task), data)
+
+
+def takes_registration() -> dict[str, Any]:
+    """`openapi_extra` of a call that reads a `Registration`."""
+    described = takes(TaskBody)
+    binary = {"type": "string", "contentMediaType": "application/octet-stream"}
+    text = {"type": "string", "contentMediaType": JSON}
+    form = {
+        "type": "object",
+        "required": [TASK_PART, FILE_PART],
+        "properties": {TASK_PART: text, FILE_PART: binary},
+    }
+    described["requestBody"]["content"][MULTIPART] = {"schema": form}
+    return described
+
+
+def read_private(text: str, inventory: Inventory) -> PrivateAdapter:
+    """Raises `InvalidValue` and `PrivateAdapterError`, with paths from the body's root."""
+    data = from_base64("private_adapter.safetensors", text)
+    try:
+        return PrivateAdapter.from_safetensors(data, inventory.header.modules)
+    except PrivateAdapterError as exc:
+        if exc.field.startswith("private_adapter"):
+            raise
+        field = f"private_adapter.{exc.field}"
+        raise PrivateAdapterError(
+            exc.message, field=field, found=exc.found, expected=exc.expected
+        ) from exc
+
+
+def given_fields(body: TaskFields, settings: Settings) -> dict[str, Any]:
+    """Those of template, defaults and metadata that `body` sets, as the registry takes them.
+
+    Raises `InvalidValue` for defaults over this server's limits.
+    """
+    if body.defaults is not None:
+        check_sampling(body.defaults, settings, prefix="defaults.")
+    fields: dict[str, Any] = {}
+    if "template" in body.model_fields_set:
+        fields["template"] = body.template
+    if "defaults" in body.model_fields_set:
+        set_ones = body.defaults and body.defaults.model_dump(exclude_unset=True, exclude_none=True)
+        fields["defaults"] = set_ones or {}
+    if "metadata" in body.model_fields_set:
+        fields["metadata"] = body.metadata or {}
+    return fields
+
+
+def _wrong_part(part: str, message: str, expected: str) -> InvalidValue:
+    return InvalidValue([FieldError(part, message, expected=expected)])

@@ -1,0 +1,294 @@
+"""Bodies and answers of the native calls. Values that depend on settings are checked later."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, to_json
+
+from polyhead.adapters.routing import Granularity
+from polyhead.server.engine.request import FinishReason
+from polyhead.server.http.errors import InvalidValue
+
+TASK_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+MAX_METADATA_BYTES = 65536
+MAX_TEMPLATE = 65536
+INPUT = "{input}"
+
+Scalar = str | int | float | bool | None
+
+
+class Body(BaseModel):
+    """Strict: nothing is coerced, unknown fields and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def exactly_one(body: BaseModel, *names: str) -> str:
+    """The one of `names` that is given. Raises `InvalidValue` on none and on more."""
+    given = [name for name in names if getattr(body, name) is not None]
+    if len(given) == 1:
+        return given[0]
+    found = " and ".join(given) or "none"
+    wanted = "exactly one of " + ", ".join(names)
+    field = given[1] if given else names[0]
+    raise InvalidValue.of(field, "give one of these fields", found=found, expected=wanted)
+
+
+def _usable_temperature(value: float) -> float:
+    if 0 < value < 0.01:
+        raise PydanticCustomError("temperature", "Input should be 0 (greedy) or at least 0.01")
+    return value
+
+
+def _holds_input(value: str) -> str:
+    if INPUT not in value:
+        raise PydanticCustomError("template", "Template should hold {text}", {"text": INPUT})
+    return value
+
+
+def _small_metadata(value: dict[str, Scalar]) -> dict[str, Scalar]:
+    if len(to_json(value)) > MAX_METADATA_BYTES:
+        raise PydanticCustomError(
+            "metadata",
+            "Metadata should be at most {most} bytes of JSON",
+            {"most": MAX_METADATA_BYTES},
+        )
+    return value
+
+
+def _text_or_ids(value: object) -> str:
+    return "<token ids>" if isinstance(value, Sequence) and not isinstance(value, str) else "<text>"
+
+
+def _text_or_list(value: object) -> str:
+    return "<list>" if isinstance(value, Sequence) and not isinstance(value, str) else "<text>"
+
+
+TaskId = Annotated[str, Field(pattern=TASK_ID)]
+TokenIds = Annotated[list[int], FailFast()]
+# Tags in angle brackets keep the branch of a union out of an error's field path.
+TextOrIds = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<token ids>")],
+    Discriminator(_text_or_ids),
+]
+StopStrings = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[list[str], FailFast(), Tag("<list>")],
+    Discriminator(_text_or_list),
+]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^:]+$")]
+Template = Annotated[str, Field(max_length=MAX_TEMPLATE), AfterValidator(_holds_input)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Metadata = Annotated[
+    dict[MetadataKey, str | int | Number | bool | None], AfterValidator(_small_metadata)
+]
+Base64 = Annotated[str, Field(description="safetensors bytes as base64")]
+
+
+class Sampling(Body):
+    """How tokens are drawn. Also a task's `defaults`."""
+
+    max_tokens: int | None = Field(None, ge=1, description="Default: 128, or the room left if less")
+    temperature: Annotated[float, AfterValidator(_usable_temperature)] = Field(0.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 is off")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    stop: StopStrings | None = None
+    n: int = Field(1, ge=1)
+    logprobs: int | None = Field(None, ge=0, description="Alternatives per token")
+
+
+class RoutingBody(Body):
+    """A routing as nested lists or as a safetensors file; exactly one of the three forms."""
+
+    logits: list[Any] | None = None
+    weights: list[Any] | None = None
+    safetensors: Base64 | None = None
+    granularity: Granularity = "module"
+
+
+class PrivateAdapterBody(Body):
+    """A LoRA that the task owns alone: `<module>.A [I, r]` and `<module>.B [r, O]`."""
+
+    safetensors: Base64
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Asking(Body):
+    """Who answers (one of `task`, `mixture`, `routing`) and what is asked (one of the rest)."""
+
+    task: TaskId | None = None
+    mixture: dict[TaskId, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
+    routing: RoutingBody | None = None
+    prompt: TextOrIds | None = None
+    input: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    deadline: float | None = Field(None, gt=0, description="Seconds")
+    priority: int = Field(0, ge=-100, le=100, description="Lower runs earlier")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "Asking":
+        exactly_one(self, "task", "mixture", "routing")
+        exactly_one(self, "prompt", "input", "messages")
+        return self
+
+
+class GenerateBody(Asking, Sampling):
+    """`POST /generate`."""
+
+    stream: bool = False
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+
+
+class ScoreBody(Asking):
+    """`POST /score`."""
+
+    choices: Annotated[list[TextOrIds], FailFast()] = Field(min_length=1)
+
+
+class TaskFields(Body):
+    """What a task may carry beside its adapter."""
+
+    template: Template | None = None
+    defaults: Sampling | None = None
+    metadata: Metadata | None = None
+
+
+class TaskBody(TaskFields):
+    """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`.
+
+    In a multipart form the routing is the file of the part `routing` instead.
+    """
+
+    id: TaskId | None = None
+    routing: RoutingBody | None = None
+    copy_of: TaskId | None = None
+    private_adapter: PrivateAdapterBody | None = None
+
+
+class EditBody(TaskFields):
+    """`PATCH /tasks/{id}`: what is given replaces what was there, null removes it."""
+
+
+class TaskAnswer(BaseModel):
+    """A task as it is now. `granularity` and `routing_kind` are null for a private adapter."""
+
+    id: str
+    generation: str
+    kind: Literal["routing", "private"]
+    granularity: Granularity | None
+    routing_kind: Literal["logits", "weights"] | None
+    template: str | None
+    defaults: dict[str, Any]
+    metadata: dict[str, Scalar]
+    provenance: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+class TaskPage(BaseModel):
+    """`next` is the cursor of the page after this one, null on the last."""
+
+    tasks: list[TaskAnswer]
+    next: str | None
+
+
+class Neighbour(BaseModel):
+    """A task with a similar routing: the cosine of the weights minus the uniform average."""
+
+    id: str
+    cosine: float
+
+
+class SimilarAnswer(BaseModel):
+    """The answer of `GET /tasks/{id}/similar`, nearest first."""
+
+    similar: list[Neighbour]
+
+
+class Candidate(BaseModel):
+    """One token and its natural log-probability."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+class TokenAnswer(Candidate):
+    """A chosen token, with the likeliest ones at its place."""
+
+    top: list[Candidate]
+
+
+class Usage(BaseModel):
+    """Tokens, summed over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Choice(BaseModel):
+    """One of the `n` answers."""
+
+    index: int
+    text: str
+    token_ids: list[int] | None = None
+    finish_reason: FinishReason
+    logprobs: list[TokenAnswer] | None = None
+
+
+class GenerateAnswer(BaseModel):
+    """The answer of `POST /generate`. `task` is `(mixture)` or `(routing)` where none was named."""
+
+    id: str
+    task: str
+    generation: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Score(BaseModel):
+    """`logprob` is the sum over the choice's tokens, `normalised` their mean."""
+
+    choice: str | list[int]
+    logprob: float
+    tokens: int
+    normalised: float
+
+
+class ScoreAnswer(BaseModel):
+    """The answer of `POST /score`; `best` is the index of the highest `normalised`."""
+
+    scores: list[Score]
+    best: int
+
+
+class InventoryAnswer(BaseModel):
+    """The answer of `GET /inventory`."""
+
+    backbone: str
+    modules: list[str]
+    heads: int
+    skills: int
+    rank: int
+    fingerprint: str

@@ -1,0 +1,57 @@
+"""The parts of one running server, as the calls find them."""
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from polyhead.adapters.inventory import Inventory
+from polyhead.server.config import Settings
+from polyhead.server.engine.engine import Engine
+from polyhead.server.engine.errors import EngineDead, EngineDraining, EngineError
+from polyhead.server.engine.tokenizer import Tokenizer
+from polyhead.server.http.admission import Admission
+from polyhead.server.http.bodies import Pool
+from polyhead.server.http.bridge import Bridge
+from polyhead.server.metrics import Load, Metrics
+from polyhead.server.tasks.registry import Registry
+
+
+@dataclass(frozen=True)
+class Service:
+    """Everything a call may need; lives as long as the app's lifespan."""
+
+    settings: Settings
+    engine: Engine
+    bridge: Bridge
+    tokenizer: Tokenizer
+    inventory: Inventory
+    registry: Registry
+    admission: Admission
+    metrics: Metrics
+    pool: Pool
+
+    def load(self) -> Load:
+        """What the engine is doing now, for the gauges."""
+        stats = self.engine.stats()
+        used = stats.kv_used_tokens / max(1, stats.kv_capacity_tokens)
+        return stats.running, stats.waiting, used
+
+    def why_not_ready(self) -> EngineError | None:
+        """What a request would be refused with right now, whatever it asks."""
+        if self.bridge.death is not None or not self.engine.alive:
+            return EngineDead("the engine has stopped")
+        if self.engine.draining:
+            return EngineDraining("the server is shutting down")
+        return None
+
+
+def the_service(request: Request) -> Service:
+    """A dependency: the app's one `Service`."""
+    service: Service = request.app.state.service
+    return service
+
+
+def request_id(request: Request) -> str:
+    """The id that this call carries in the engine, in its answer and in the log."""
+    found: str = request.scope["state"]["request_id"]
+    return found

@@ -1,0 +1,200 @@
+"""`/tasks`: register, list, read, replace, edit, remove."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Query
+from starlette.responses import Response
+
+from polyhead.adapters.routing import Routing
+from polyhead.server.http.admission import unknown_task
+from polyhead.server.http.bodies import json_body, takes
+from polyhead.server.http.errors import InvalidValue, shown
+from polyhead.server.http.registering import (
+    Registration,
+    given_fields,
+    registration,
+    takes_registration,
+)
+from polyhead.server.http.schemas import (
+    EditBody,
+    Neighbour,
+    SimilarAnswer,
+    TaskAnswer,
+    TaskPage,
+)
+from polyhead.server.http.service import Service, the_service
+from polyhead.server.tasks.errors import NotARouting, UnknownTask
+from polyhead.server.tasks.task import ID_PATTERN, Task
+
+router = APIRouter(prefix="/tasks")
+
+T = TypeVar("T")
+
+MAX_PAGE = 1000
+TheService = Annotated[Service, Depends(the_service)]
+Registered = Annotated[Registration, Depends(registration)]
+
+
+def _known_form(task_id: str) -> str:
+    if not ID_PATTERN.fullmatch(task_id):
+        raise UnknownTask(task_id)
+    return task_id
+
+
+def _if_match(if_match: Annotated[str | None, Header()] = None) -> str | None:
+    """The generation that the task must be at; None where any will do."""
+    if if_match is None or if_match.strip() == "*":
+        return None
+    quoted = re.fullmatch(r'\s*"([^"]*)"\s*', if_match)
+    if quoted is None:
+        raise InvalidValue.of(
+            "header.If-Match",
+            "not one strong tag",
+            found=shown(if_match),
+            expected="a task's generation in double quotes, or *",
+        )
+    return quoted[1]
+
+
+def _filter(metadata: Annotated[list[str], Query()] = []) -> dict[str, str]:  # noqa: B006
+    """`metadata=key:value`, any number of times; all of them must hold."""
+    pairs = {}
+    for place, text in enumerate(metadata):
+        key, colon, value = text.partition(":")
+        if not key or not colon:
+            raise InvalidValue.of(
+                f"query.metadata[{place}]", "not a pair", found=shown(text), expected="key:value"
+            )
+        pairs[key] = value
+    return pairs
+
+
+TaskId = Annotated[str, Depends(_known_form)]
+IfMatch = Annotated[str | None, Depends(_if_match)]
+Filter = Annotated[dict[str, str], Depends(_filter)]
+
+
+@router.post("", status_code=201, response_model=TaskAnswer, openapi_extra=takes_registration())
+async def create(registered: Registered, service: TheService) -> Response:
+    """Register a task; it is on disk, and served, when the answer comes."""
+    task = await service.pool.run(_create, service, registered)
+    return _answer(task, 201, {"Location": f"/tasks/{task.id}"})
+
+
+@router.get("", response_model=TaskPage)
+async def list_tasks(
+    service: TheService,
+    metadata: Filter,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
+    cursor: Annotated[str | None, Query()] = None,
+    prefix: Annotated[str | None, Query()] = None,
+) -> Response:
+    """Tasks in the order of their ids, a page at a time."""
+    tasks, after = await service.pool.run(
+        service.registry.list, limit, cursor, metadata=metadata, prefix=prefix
+    )
+    page = TaskPage(tasks=[TaskAnswer(**asdict(task)) for task in tasks], next=after)
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+@router.get("/{task_id}", response_model=TaskAnswer)
+async def read(task_id: TaskId, service: TheService) -> Response:
+    """One task; the `ETag` is its generation."""
+    return _answer(await service.pool.run(service.registry.get, task_id))
+
+
+@router.put("/{task_id}", response_model=TaskAnswer, openapi_extra=takes_registration())
+async def replace(
+    task_id: TaskId, registered: Registered, service: TheService, if_match: IfMatch
+) -> Response:
+    """Replace everything but the id; with `If-Match` only the generation named there."""
+    return _answer(await service.pool.run(_replace, service, task_id, registered, if_match))
+
+
+@router.patch("/{task_id}", response_model=TaskAnswer, openapi_extra=takes(EditBody))
+async def edit(
+    task_id: TaskId,
+    body: Annotated[EditBody, Depends(json_body(EditBody))],
+    service: TheService,
+    if_match: IfMatch,
+) -> Response:
+    """Replace template, defaults or metadata, each as a whole; null removes it."""
+    fields = given_fields(body, service.settings)
+    edited = await service.pool.run(service.registry.edit, task_id, **fields, if_match=if_match)
+    return _answer(edited)
+
+
+@router.delete("/{task_id}", status_code=204)
+async def remove(task_id: TaskId, service: TheService, if_match: IfMatch) -> Response:
+    """Remove a task; requests that run on it finish."""
+    await service.pool.run(service.registry.delete, task_id, if_match)
+    return Response(status_code=204)
+
+
+@router.get("/{task_id}/routing", response_class=Response)
+async def routing(task_id: TaskId, service: TheService) -> Response:
+    """The routing as a safetensors file, as it was given."""
+    task, content = await service.pool.run(service.registry.load, task_id)
+    if not isinstance(content, Routing):
+        raise NotARouting(task_id)
+    headers = {
+        "ETag": f'"{task.generation}"',
+        "Content-Disposition": f'attachment; filename="{task.id}.safetensors"',
+    }
+    return Response(content.to_safetensors(), 200, headers, "application/octet-stream")
+
+
+@router.get("/{task_id}/similar", response_model=SimilarAnswer)
+async def similar(
+    task_id: TaskId, service: TheService, limit: Annotated[int, Query(ge=1, le=100)] = 10
+) -> SimilarAnswer:
+    """The tasks whose routings point the same way."""
+    found = await service.pool.run(service.registry.similar, task_id, limit)
+    return SimilarAnswer(similar=[Neighbour(id=name, cosine=cosine) for name, cosine in found])
+
+
+def _create(service: Service, registered: Registration) -> Task:
+    body = registered.body
+    if body.id is None:
+        raise InvalidValue.of("id", "missing", found="nothing", expected="a task id")
+    fields = given_fields(body, service.settings)
+    content = registered.content(service.inventory)
+    if content is not None:
+        return service.registry.create(body.id, content, **fields)
+    source, new_id = str(body.copy_of), body.id
+    return _from_source(source, lambda: service.registry.copy(source, new_id, **fields))
+
+
+def _replace(
+    service: Service, task_id: str, registered: Registration, if_match: str | None
+) -> Task:
+    body = registered.body
+    if body.id not in (None, task_id):
+        raise InvalidValue.of(
+            "id", "differs from the path's", found=shown(body.id), expected=repr(task_id)
+        )
+    fields = given_fields(body, service.settings)
+    content = registered.content(service.inventory)
+    if content is None:
+        name = str(body.copy_of)
+        source, content = _from_source(name, lambda: service.registry.load(name))
+        copied = {"how": "copied", "from": name, "generation": source.generation}
+        inherited = {"template": source.template, "defaults": source.defaults}
+        fields = {**inherited, "metadata": source.metadata, "provenance": copied, **fields}
+    return service.registry.replace(task_id, content, **fields, if_match=if_match)
+
+
+def _from_source(source: str, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except UnknownTask as exc:
+        raise unknown_task("copy_of", source) from exc
+
+
+def _answer(task: Task, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    tagged = {"ETag": f'"{task.generation}"', **(headers or {})}
+    body: Any = TaskAnswer(**asdict(task)).model_dump_json()
+    return Response(body, status, tagged, "application/json")
