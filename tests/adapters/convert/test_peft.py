@@ -230,6 +230,31 @@ def greedy(trained: Trained, ids: Tensor, tasks: list[int], new: int) -> Tensor:
     return ids
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("rank", "skills", "heads", "count"), [(1, 8, 16, 2), (4, 3, 1, 12), (2, 1, 4, 1)]
+)
+def test_other_sizes_equal_pefts_after_saving(
+    tmp_path: Path, rank: int, skills: int, heads: int, count: int
+) -> None:
+    """Many heads of rank 1, Poly's one head with more than ten tasks, and a single skill."""
+    bare = tiny_backbone("llama")
+    sizes = {"r": rank, "n_skills": skills, "n_splits": heads, "n_tasks": count}
+    wrapped = adapted(copy.deepcopy(bare), [*ATTENTION, *FEED_FORWARD], **sizes)
+    wrapped.save_pretrained(tmp_path / "peft")
+    convert_peft(tmp_path / "peft", bare, "tiny").save(tmp_path / "inventory")
+    inventory = Inventory.load(tmp_path / "inventory")
+    tasks = list(range(count))
+    ids = prompts(count)
+    wanted = wrapped(input_ids=ids, task_ids=torch.tensor(tasks)).logits
+    unadapted = bare(input_ids=ids).logits
+    injection = inject(bare, inventory)
+    with use_plan(injection.plan(plan_of(inventory, tasks), [ids.shape[1]] * count)):
+        found = bare(input_ids=ids).logits
+    assert (found - wanted).abs().max() < EXACT
+    assert (unadapted - wanted).abs().amax((1, 2)).min() > DIFFERENT
+
+
 def test_the_header_says_what_was_converted(trained: Trained, tmp_path: Path) -> None:
     header = trained.inventory.header
     assert (header.heads, header.skills, header.rank) == (HEADS, SKILLS, RANK)
