@@ -37,7 +37,7 @@ def find_modules(
     names, such as `["q_proj", "v_proj"]`. Raises `InjectionError` when a target matches nothing
     or a layer's features cannot be split into `heads`.
     """
-    output_head = model.get_output_embeddings()
+    output_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     found, matched = [], set()
     for name, module in model.named_modules():
         shape = linear_shape(module)

@@ -149,7 +149,7 @@ def combined(
     """
     group = SkillGroup.pack([a], [b], scaling, x.dtype)
     y = x.new_zeros(x.shape[0], b.shape[0] * b.shape[3])
-    for task in task_of_token.unique().tolist():
+    for task in sorted(set(task_of_token.tolist())):
         tokens = (task_of_token == task).nonzero().squeeze(1)
         factors = fold_factors(group, weights[task].unsqueeze(0))
         part = x.new_zeros(len(tokens), y.shape[1])

@@ -126,7 +126,7 @@ class Planner:
         if isinstance(adapter, RoutedTask):
             weights = adapter.weights[self._order].to(self._device)
             sizes = [slot.group.size for slot in self._slots]
-            pieces = zip(self._slots, weights.split(sizes), strict=True)
+            pieces = zip(self._slots, torch.split(weights, sizes), strict=True)
             return [ops.fold_factors(slot.group, w) for slot, w in pieces]
         assert isinstance(adapter, PrivateAdapter)
         pairs = zip(self._slots, self._members, strict=True)

@@ -25,7 +25,9 @@ class Settings(BaseSettings):
     )
 
     max_running: int = Field(64, ge=1, description="Sequences in a batch")
-    max_step_tokens: int = Field(512, ge=1, description="Tokens computed in one step")
+    max_step_tokens: int | None = Field(
+        None, ge=1, description="Tokens computed in one step; None suits the device"
+    )
     max_waiting: int = Field(1024, ge=1, description="Requests in line before 503")
     max_context: int | None = Field(
         None, ge=2, description="Tokens of prompt and answer; None is the backbone's"

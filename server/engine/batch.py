@@ -1,0 +1,56 @@
+"""One step's work, as the scheduler hands it to the runner."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+from polyhead.server.engine.kv_space import KVOperation, Place
+from polyhead.server.engine.request import TokenLogprob
+from polyhead.server.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """Compute tokens `[start, start + count)` of a sequence whose cache row is at `place`."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    place: Place
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step yields the sequence's next token."""
+        return self.sequence.sample and self.stop == len(self.sequence.tokens)
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits give the log-probability of a given token that follows."""
+        if self.sequence.sample or self.sequence.index < 0:
+            return range(0)
+        first = max(self.start, len(self.sequence.request.prompt) - 1)
+        return range(first, min(self.stop, len(self.sequence.tokens) - 1))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to compute, after the cache operations have been carried out in order."""
+
+    rows: Ordered[Row]
+    operations: Ordered[KVOperation]
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.count for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step found for one row: the sampled token, or the scored tokens' logprobs."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    scored: tuple[TokenLogprob, ...] = ()

@@ -1,0 +1,219 @@
+"""The engine: a thread that schedules, runs and publishes until it is told to stop."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from polyhead.server.engine.answers import Answers
+from polyhead.server.engine.batch import Batch
+from polyhead.server.engine.errors import (
+    EngineDead,
+    EngineDraining,
+    EngineFull,
+    RequestTooLarge,
+)
+from polyhead.server.engine.request import Event, Failure, Request, total_length
+from polyhead.server.engine.runner import Runner
+from polyhead.server.engine.scheduler import Scheduler
+from polyhead.server.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Publish = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot, taken between two steps."""
+
+    running: int = 0  # sequences
+    waiting: int = 0  # sequences
+    requests: int = 0
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    failed_steps: int = 0
+    step_tasks: int = 0  # distinct tasks of the last step
+    step_seconds: float = 0.0  # of the last step
+
+
+class Engine:
+    """Thread-safe front of the engine thread.
+
+    publish: called on the engine's thread, once per step, with that step's events.
+    on_death: called on the engine's thread if it ends by an error; nothing is answered after it.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        publish: Publish,
+        *,
+        max_waiting: int = 1024,
+        on_death: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._answers = Answers(tokenizer)
+        self._publish = publish
+        self._on_death = on_death
+        self._max_waiting = max_waiting
+        self._inbox: deque[Request] = deque()
+        self._aborted: set[str] = set()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._death: BaseException | None = None
+        self._stats = EngineStats(kv_capacity_tokens=scheduler.space.budget)
+        self._thread = threading.Thread(target=self._main, name="polyhead-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._death is None
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def submit(self, request: Request) -> None:
+        """Put a request in line.
+
+        Raises `EngineDead`, `EngineDraining`, `EngineFull`, or `RequestTooLarge` when the request
+        could not be computed even with the whole cache to itself.
+        """
+        longest = self._scheduler.space.longest
+        if total_length(request) > longest:
+            raise RequestTooLarge(
+                f"the request may come to {total_length(request)} tokens; the cache holds {longest}"
+            )
+        with self._wake:
+            if self._death is not None:
+                raise EngineDead("the engine has stopped after an error") from self._death
+            if self._draining or self._stopping:
+                raise EngineDraining("the server is shutting down")
+            waiting = len(self._inbox) + self._stats.waiting
+            if waiting >= self._max_waiting:
+                raise EngineFull(f"{waiting} requests are waiting", retry_after=1.0)
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its last event has the finish reason "abort". Unknown ids are ignored."""
+        with self._wake:
+            self._aborted.add(request_id)
+            self._wake.notify()
+
+    def drain(self, seconds: float) -> bool:
+        """Refuse new requests and wait for the others. False when some are left after `seconds`."""
+        with self._wake:
+            self._draining = True
+            self._wake.notify()
+        deadline = time.monotonic() + seconds
+        while self.alive and (self._inbox or self._stats.requests):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def stop(self) -> None:
+        """End the thread after the current step; what still runs is aborted."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._step()
+            self._publish(self._answers.abort_all())
+        except BaseException as exc:  # the thread's last act is to say why it ends
+            logger.critical("the engine has died", exc_info=exc)
+            with self._wake:
+                self._death = exc
+            lost = {request.id for request in self._inbox} | self._answers.open_requests
+            self._publish([Failure(request_id, "the engine has died") for request_id in lost])
+            if self._on_death is not None:
+                self._on_death(exc)
+
+    def _wait_for_work(self) -> bool:
+        """Take in what was submitted and aborted. False when it is time to stop."""
+        if not self._busy():
+            self._runner.carry_out(self._scheduler.space.drain())  # give freed memory back
+        with self._wake:
+            while not (self._inbox or self._aborted or self._stopping or self._busy()):
+                self._wake.wait()
+            arrived = list(self._inbox)
+            self._inbox.clear()
+            aborted, self._aborted = self._aborted, set()
+        for request in arrived:
+            for sequence in self._answers.open(request):
+                self._scheduler.add(sequence)
+        events = self._answers.abort(aborted) + self._answers.expire(time.monotonic())
+        self._retire(events)
+        return not self._stopping
+
+    def _busy(self) -> bool:
+        return bool(self._answers.open_requests)
+
+    def _step(self) -> None:
+        """Schedule, run, publish."""
+        started = time.monotonic()
+        batch = self._scheduler.schedule()
+        if batch is None:
+            self._note(0, 0.0)
+            return
+        try:
+            sampled = self._runner.run(batch)
+        except Exception as exc:
+            logger.exception("a step of %d rows has failed", len(batch.rows))
+            self._fail(batch, exc)
+            return
+        self._scheduler.advance(batch)
+        self._retire(self._answers.take(batch, sampled))
+        tasks = len({row.sequence.request.task for row in batch.rows})
+        self._note(tasks, time.monotonic() - started)
+
+    def _fail(self, batch: Batch, exc: Exception) -> None:
+        """End the requests of a failed step; the others compute their tokens anew."""
+        self._scheduler.preempt_all()
+        self._scheduler.space.clear()
+        self._runner.reset()
+        lost = {row.sequence.request.id for row in batch.rows}
+        self._retire(self._answers.fail(lost, f"{type(exc).__name__}: {exc}"))
+        self._note(0, 0.0, failed=1)
+
+    def _retire(self, events: list[Event]) -> None:
+        for sequence in self._answers.finished():
+            self._scheduler.finish(sequence)
+        if events:
+            self._publish(events)
+
+    def _note(self, tasks: int, seconds: float, failed: int = 0) -> None:
+        old = self._stats
+        scheduler = self._scheduler
+        self._stats = EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.line),
+            requests=len(self._answers.open_requests),
+            kv_used_tokens=scheduler.space.used,
+            kv_capacity_tokens=scheduler.space.budget,
+            steps=old.steps + (tasks > 0),
+            preemptions=scheduler.preemptions,
+            failed_steps=old.failed_steps + failed,
+            step_tasks=tasks,
+            step_seconds=seconds,
+        )

@@ -1,0 +1,159 @@
+"""Runs one batch through the backbone: cache operations, plan, forward pass, sampling."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from polyhead.adapters.inject import Injection
+from polyhead.adapters.plan import use_plan
+from polyhead.server.engine.attention import IMPLEMENTATION, StepAttention, use_step
+from polyhead.server.engine.batch import Batch, Row, Sampled
+from polyhead.server.engine.kv_cache import KVShape, KVStore, StepCache
+from polyhead.server.engine.kv_space import KVOperation
+from polyhead.server.engine.request import TokenLogprob
+from polyhead.server.engine.sampler import Draw, logprobs_of, sample
+
+
+@dataclass(frozen=True)
+class LogitRow:
+    """Which logits a batch needs: of which token in the packed row, for which row of the batch."""
+
+    token: int
+    row: Row
+    scored: int | None = None  # the given next token, None where one is sampled
+
+
+@dataclass
+class Packed:
+    """A batch as one row of tokens."""
+
+    rows: list[Row]
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    logits: list[LogitRow] = field(default_factory=list)
+
+
+class Runner:
+    """Owns the backbone, its adapters and the key-value store. Belongs to one thread.
+
+    injection: None serves the bare backbone only.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, injection: Injection | None, capacities: Ordered[int]
+    ) -> None:
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self._model = model
+        self._injection = injection
+        self._capacities = capacities
+        self._shape = KVShape.of(model.config)
+        model.set_attn_implementation(IMPLEMENTATION)
+        self.reset()
+
+    def reset(self) -> None:
+        """Throw the key-value store away, as after an error that may have left it half-written."""
+        self.store = KVStore(self._shape, self._capacities, self.dtype, self.device)
+
+    def carry_out(self, operations: Ordered[KVOperation]) -> None:
+        """Resize and move cache rows."""
+        self.store.carry_out(operations)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One forward pass; answers in the order of `batch.rows`."""
+        self.carry_out(batch.operations)
+        packed = _pack(batch.rows)
+        logits = self._forward(packed)
+        found = _read(logits, packed.logits)
+        return [found.get(id(row), Sampled()) for row in batch.rows]
+
+    def _forward(self, packed: Packed) -> Tensor:
+        step = StepAttention(packed.rows, self.store, self.device)
+        wanted = [entry.token for entry in packed.logits] or [0]
+        inputs = {
+            "input_ids": torch.tensor([packed.ids], device=self.device),
+            "position_ids": torch.tensor([packed.positions], device=self.device),
+            "logits_to_keep": torch.tensor(wanted, device=self.device),
+        }
+        with use_step(step):
+            if self._injection is None:
+                return self._call(inputs)
+            adapters = [row.sequence.request.adapter for row in packed.rows]
+            plan = self._injection.plan(adapters, [row.count for row in packed.rows])
+            with use_plan(plan):
+                return self._call(inputs)
+
+    def _call(self, inputs: dict[str, Tensor]) -> Tensor:
+        output = self._model(**inputs, past_key_values=StepCache(), use_cache=True)
+        logits: Tensor = output.logits
+        return logits[0]
+
+
+def _pack(rows: Ordered[Row]) -> Packed:
+    """Decoding rows first, in the order of their cache rows, so that attention needs no gather."""
+    ordered = sorted(rows, key=lambda r: (r.count > 1, r.place.arena, r.place.row))
+    packed = Packed(ordered)
+    for row in ordered:
+        first = len(packed.ids)
+        packed.ids += row.sequence.tokens[row.start : row.stop]
+        packed.positions += range(row.start, row.stop)
+        for position in row.scored:
+            given = row.sequence.tokens[position + 1]
+            packed.logits.append(LogitRow(first + position - row.start, row, given))
+        if row.samples:
+            packed.logits.append(LogitRow(len(packed.ids) - 1, row))
+    return packed
+
+
+def _read(logits: Tensor, entries: Ordered[LogitRow]) -> dict[int, Sampled]:
+    """Sample or score; by the identity of the batch's row."""
+    found: dict[int, Sampled] = {}
+    drawn = [i for i, entry in enumerate(entries) if entry.scored is None]
+    if drawn:
+        own = logits if len(drawn) == len(logits) else logits[drawn]
+        rows = [entries[i].row for i in drawn]
+        tokens = sample(own, [_draw_of(row) for row in rows])
+        for row, token, logprob in zip(rows, tokens, _logprobs(own, rows, tokens), strict=True):
+            found[id(row)] = Sampled(token, logprob)
+    scored = [i for i, entry in enumerate(entries) if entry.scored is not None]
+    if scored:
+        given = [entry.scored for entry in entries if entry.scored is not None]
+        values = logprobs_of(logits[scored], given, [0] * len(given))
+        by_row: dict[int, list[TokenLogprob]] = {}
+        for i, value in zip(scored, values, strict=True):
+            by_row.setdefault(id(entries[i].row), []).append(value)
+        found |= {key: Sampled(scored=tuple(parts)) for key, parts in by_row.items()}
+    return found
+
+
+def _draw_of(row: Row) -> Draw:
+    sequence = row.sequence
+    return Draw(
+        sequence.request.params,
+        sequence.seed,
+        sequence.index,
+        len(sequence.tokens),
+        sequence.tokens,
+    )
+
+
+def _logprobs(
+    logits: Tensor, rows: Ordered[Row], tokens: Ordered[int]
+) -> list[TokenLogprob | None]:
+    answers: list[TokenLogprob | None] = [None] * len(rows)
+    asked = [
+        (i, row.sequence.request.params.logprobs)
+        for i, row in enumerate(rows)
+        if row.sequence.request.params.logprobs is not None
+    ]
+    if not asked:
+        return answers
+    places = [i for i, _ in asked]
+    values = logprobs_of(logits[places], [tokens[i] for i in places], [k or 0 for _, k in asked])
+    for place, value in zip(places, values, strict=True):
+        answers[place] = value
+    return answers

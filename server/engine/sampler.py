@@ -1,0 +1,113 @@
+"""Drawing tokens from logits, each row by its own parameters."""
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyhead.server.engine.request import SamplingParams, TokenLogprob
+
+FIRST_CANDIDATES = 1024
+"""Likeliest tokens looked at for top-p before the whole vocabulary is sorted."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the sampler must know of one row: how to draw, and what has been said."""
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    position: int
+    tokens: Ordered[int]
+
+
+def sample(logits: Tensor, draws: Ordered[Draw]) -> list[int]:
+    """One token per row. logits `[n, V]`, of any float dtype; they are not changed.
+
+    The order of filters is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+    A row's randomness depends on its seed, choice and position only, never on its neighbours.
+    """
+    if all(_plain(draw.params) for draw in draws):
+        greedy: list[int] = logits.argmax(-1).tolist()
+        return greedy
+    scores = logits.float().clone()
+    for row, draw in enumerate(draws):
+        _penalise(scores[row], draw)
+    tokens: list[int] = scores.argmax(-1).tolist()
+    for row, draw in enumerate(draws):
+        if draw.params.temperature > 0:
+            tokens[row] = _draw(scores[row], draw)
+    return tokens
+
+
+def logprobs_of(
+    logits: Tensor, tokens: Ordered[int], alternatives: Ordered[int]
+) -> list[TokenLogprob]:
+    """Log-probabilities of chosen tokens under the model's own distribution.
+
+    logits `[n, V]`; alternatives: how many of the likeliest tokens to name, per row.
+    """
+    table = torch.log_softmax(logits.float(), dim=-1)
+    chosen = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])[:, 0].tolist()
+    most = max(alternatives, default=0)
+    if most == 0:
+        return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
+    values, ids = (part.tolist() for part in table.topk(most, dim=-1))
+    return [
+        TokenLogprob(token, chosen[row], tuple(zip(ids[row][:k], values[row][:k], strict=True)))
+        for row, (token, k) in enumerate(zip(tokens, alternatives, strict=True))
+    ]
+
+
+def _plain(params: SamplingParams) -> bool:
+    return params.temperature == 0 and params.repetition_penalty == 1
+
+
+def _penalise(scores: Tensor, draw: Draw) -> None:
+    """Divide positive and multiply negative scores of tokens already there (CTRL, 1909.05858)."""
+    penalty = draw.params.repetition_penalty
+    if penalty != 1:
+        seen = torch.tensor(sorted(set(draw.tokens)), device=scores.device)
+        old = scores[seen]
+        scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
+
+
+def _draw(scores: Tensor, draw: Draw) -> int:
+    params = draw.params
+    probabilities = torch.softmax(scores / params.temperature, dim=-1)
+    ids: Tensor | None = None
+    if params.top_k or params.top_p < 1:
+        probabilities, ids = _likeliest(probabilities, params.top_k, params.top_p)
+    if params.min_p > 0:
+        floor = params.min_p * probabilities.max()
+        probabilities = torch.where(probabilities < floor, 0.0, probabilities)
+    cumulative = probabilities.double().cumsum(0)
+    target = _uniform(draw) * cumulative[-1]
+    place = int(torch.searchsorted(cumulative, target, right=True))
+    place = min(place, int(probabilities.nonzero()[-1]))
+    return place if ids is None else int(ids[place])
+
+
+def _likeliest(probabilities: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The candidates that top-k and then top-p leave, likeliest first, with their ids."""
+    size = probabilities.numel()
+    count = min(top_k or FIRST_CANDIDATES, size)
+    values, ids = probabilities.topk(count)
+    if not top_k and count < size and float(values.sum()) < top_p:
+        values, ids = probabilities.sort(descending=True)
+    if top_p < 1:
+        total = values.sum() if top_k else probabilities.sum()
+        before = values.cumsum(0) - values
+        kept = max(1, int((before < top_p * total).sum()))
+        values, ids = values[:kept], ids[:kept]
+    return values, ids
+
+
+def _uniform(draw: Draw) -> float:
+    """A number in [0, 1) that only the seed, the choice and the position decide."""
+    key = (draw.seed & (2**64 - 1)) | (draw.choice << 64)
+    bits = np.random.Philox(key=key, counter=draw.position)
+    return float(np.random.Generator(bits).random())

@@ -1,0 +1,204 @@
+"""Which sequences compute which tokens in the next step. Pure policy: no torch, no clock."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from polyhead.server.engine.batch import Batch, Row
+from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.sequence import STEM, Sequence
+from polyhead.server.engine.waiting import WaitingLine
+
+FORGET_EVERY = 1024
+"""Steps between two clean-ups of the fairness counters."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """max_running sequences in a batch, max_step_tokens computed in a step."""
+
+    max_running: int = 64
+    max_step_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_running <= self.max_step_tokens:
+            raise ValueError(
+                f"max_running {self.max_running}: expected 1 to max_step_tokens "
+                f"{self.max_step_tokens}, so that every running sequence can decode in every step"
+            )
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, fairness between tasks, preemption by recompute.
+
+    Decoding sequences always go first, one token each; what is left of the step's token budget
+    goes to prompts, in chunks, least served task first.
+    """
+
+    def __init__(self, config: SchedulerConfig, space: KVSpace) -> None:
+        self.config = config
+        self.space = space
+        self.running: list[Sequence] = []
+        self.stems: list[Sequence] = []  # computed prompts whose choices are not all seated yet
+        self.line = WaitingLine()
+        self.preemptions = 0
+        self._steps = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.line.add(sequence, self._running_tasks())
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its cache row."""
+        for place in (self.running, self.stems):
+            if sequence in place:
+                place.remove(sequence)
+        if sequence in self.line:
+            self.line.remove(sequence)
+        self.space.release(sequence)
+        self._leave_stem(sequence)
+
+    def advance(self, batch: Batch) -> None:
+        """Note that a batch has been computed. A finished stem lets its choices into the line."""
+        for row in batch.rows:
+            sequence = row.sequence
+            sequence.computed = row.stop
+            if sequence.index == STEM and sequence.remaining == 0:
+                self.running.remove(sequence)
+                self.stems.append(sequence)
+                for branch in sequence.branches:
+                    self.add(branch)
+
+    def schedule(self) -> Batch | None:
+        """The next step's work, or None when there is nothing to do."""
+        self._steps += 1
+        if self._steps % FORGET_EVERY == 0:
+            self.line.forget_idle(self._running_tasks())
+        rows = self._decode_rows()
+        budget = self.config.max_step_tokens - len(rows)
+        self._prefill_rows(rows, budget)
+        if not rows:
+            return None
+        placed = [Row(seq, seq.computed, n, self.space.place(seq)) for seq, n in rows.items()]
+        return Batch(placed, self.space.drain())
+
+    def preempt_all(self) -> None:
+        """Forget every computed token; the sequences wait again and lose nothing else."""
+        self._drop_stems()
+        for sequence in list(self.running):
+            self._preempt(sequence)
+
+    def _decode_rows(self) -> dict[Sequence, int]:
+        rows: dict[Sequence, int] = {}
+        for sequence in sorted(self.running, key=lambda s: s.order):
+            # A preemption for an earlier one may have taken this one's seat.
+            if sequence.prefilling or sequence not in self.running:
+                continue
+            if self._make_room(sequence, rows):
+                rows[sequence] = 1
+                self.line.charge(sequence.request.task, 1)
+        return rows
+
+    def _make_room(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
+        """Hold a row for one more token, preempting the least urgent others where needed."""
+        while not self.space.reserve(sequence, len(sequence.tokens)):
+            if self._drop_stems():
+                continue
+            victim = max(self.running, key=lambda s: s.order)
+            self._preempt(victim)
+            rows.pop(victim, None)
+            if victim is sequence:
+                return False
+        return True
+
+    def _prefill_rows(self, rows: dict[Sequence, int], budget: int) -> None:
+        pending = [s for s in self.running if s.prefilling]
+        may_swap, blocked = True, False
+        while budget > 0:
+            head = None if blocked else self.line.peek()
+            candidates = pending if head is None else [*pending, head]
+            if not candidates:
+                return
+            sequence = min(candidates, key=self._urgency)
+            if sequence is head and not self._seat(head):
+                victim = self._unfair_seat(head) if may_swap else None
+                may_swap, blocked = False, victim is None
+                if victim is not None:
+                    self._preempt(victim)
+                    budget += rows.pop(victim, 0)
+                    pending = [s for s in pending if s is not victim]
+                continue
+            pending = [s for s in pending if s is not sequence]
+            count = min(budget, sequence.remaining)
+            rows[sequence] = count
+            budget -= count
+            self.line.charge(sequence.request.task, count)
+
+    def _urgency(self, sequence: Sequence) -> tuple[int, float, tuple[int, float, int]]:
+        request = sequence.request
+        return (request.priority, self.line.served(request.task), sequence.order)
+
+    def _seat(self, sequence: Sequence) -> bool:
+        """Move the head of the line to a seat with a cache row, if there is one."""
+        if len(self.running) >= self.config.max_running:
+            return False
+        if not self._hold_row(sequence):
+            return False
+        self.line.remove(sequence)
+        self.running.append(sequence)
+        self._leave_stem(sequence)
+        return True
+
+    def _hold_row(self, sequence: Sequence) -> bool:
+        stem, length = sequence.stem, len(sequence.tokens)
+        if stem is not None and self.space.fork(stem, sequence, length):
+            sequence.computed = stem.computed
+            return True
+        while not self.space.reserve(sequence, length):
+            if not self._drop_stems():
+                return False
+        return True
+
+    def _leave_stem(self, sequence: Sequence) -> None:
+        """Free a stem once none of its choices needs it any more."""
+        stem, sequence.stem = sequence.stem, None
+        if stem is None:
+            return
+        stem.branches.remove(sequence)
+        if not stem.branches and stem in self.stems:
+            self.stems.remove(stem)
+            self.space.release(stem)
+
+    def _drop_stems(self) -> bool:
+        """Give up the shared prompts; their choices will compute them on their own."""
+        for stem in self.stems:
+            self.space.release(stem)
+            for branch in stem.branches:
+                branch.stem = None
+        dropped = bool(self.stems)
+        self.stems.clear()
+        return dropped
+
+    def _unfair_seat(self, sequence: Sequence) -> Sequence | None:
+        """Whom a waiting sequence may replace: a less urgent one, or, when its own task has no
+        seat at all, the newest of the task with the most seats, two or more."""
+        if not self.running:
+            return None
+        least = max(self.running, key=lambda s: s.order)
+        if least.request.priority > sequence.request.priority:
+            return least
+        seats = Counter(s.request.task for s in self.running)
+        if seats[sequence.request.task]:
+            return None
+        task, held = seats.most_common(1)[0]
+        if held < 2:
+            return None
+        return max((s for s in self.running if s.request.task == task), key=lambda s: s.order)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.space.release(sequence)
+        sequence.computed = 0
+        self.preemptions += 1
+        self.line.add(sequence, self._running_tasks())
+
+    def _running_tasks(self) -> set[str]:
+        return {sequence.request.task for sequence in self.running}

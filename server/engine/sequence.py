@@ -1,0 +1,73 @@
+"""One choice of a request on its way through the engine."""
+
+import secrets
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+
+from polyhead.server.engine.request import Request, TokenLogprob
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens so far, and how many of them have their keys and values in the cache.
+
+    There is one kind of step: compute the tokens that are not computed yet, all or a chunk; when
+    none is left, the next one is sampled. A preempted sequence merely forgets what was computed.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    sample: bool = True  # False: the tokens are given, only their log-probabilities are wanted
+    computed: int = 0
+    seed: int = 0
+    stem: "Sequence | None" = None  # holds the shared prompt's keys and values
+    branches: "list[Sequence]" = field(default_factory=list)  # of a stem: who still needs it
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to compute."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> Ordered[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def prefilling(self) -> bool:
+        return self.remaining > 1
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Who goes first among the sequences of one task."""
+        return (self.request.priority, self.request.arrival, self.index)
+
+
+STEM = -1
+"""Index of a sequence that only computes a prompt for the choices that share it."""
+
+
+def sequences_of(request: Request) -> list[Sequence]:
+    """What to put in line for a request: its only choice, or a stem that carries the choices.
+
+    The stem computes all but the prompt's last token; every choice computes that one itself, so
+    each gets its own logits to sample from.
+    """
+    prompt = list(request.prompt)
+    if request.continuations:
+        bodies = [prompt + list(tail) for tail in request.continuations]
+    else:
+        bodies = [list(prompt) for _ in range(request.params.n)]
+    given = request.params.seed
+    seed = secrets.randbits(63) if given is None else given
+    choices = [
+        Sequence(request, index, body, sample=not request.continuations, seed=seed)
+        for index, body in enumerate(bodies)
+    ]
+    if len(choices) == 1 or len(prompt) == 1:
+        return choices
+    stem = Sequence(request, STEM, prompt[:-1], sample=False, branches=choices)
+    for choice in choices:
+        choice.stem = stem
+    return [stem]

@@ -1,0 +1,68 @@
+"""The waiting line: first come first served within a task, fair between tasks."""
+
+import bisect
+from collections.abc import Iterator
+
+from polyhead.server.engine.sequence import Sequence
+
+
+class WaitingLine:
+    """Sequences that wait for a seat, by priority and task.
+
+    Fairness is a virtual token counter per task (Sheng et al., 2023, arXiv 2401.00588): the task
+    that has been served the fewest tokens goes next. A task that comes back after a pause starts
+    at the level of the least served active one, so nobody saves up a claim.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, str], list[Sequence]] = {}
+        self._served: dict[str, float] = {}
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def add(self, sequence: Sequence, running_tasks: set[str]) -> None:
+        """Put a sequence where its arrival says, in front of later ones of its task."""
+        task = sequence.request.task
+        if task not in running_tasks and not self._waits(task):
+            active = running_tasks | {name for _, name in self._queues}
+            floor = min((self._served.get(name, 0.0) for name in active), default=0.0)
+            self._served[task] = max(self._served.get(task, 0.0), floor)
+        queue = self._queues.setdefault((sequence.request.priority, task), [])
+        bisect.insort(queue, sequence, key=lambda waiting: waiting.order)
+        self._length += 1
+
+    def peek(self) -> Sequence | None:
+        """Who is next, without taking it."""
+        if not self._queues:
+            return None
+        key = min(self._queues, key=lambda k: (k[0], self.served(k[1]), self._queues[k][0].order))
+        return self._queues[key][0]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it stands. Raises `ValueError` when it does not wait."""
+        key = (sequence.request.priority, sequence.request.task)
+        self._queues.get(key, []).remove(sequence)
+        self._length -= 1
+        if not self._queues[key]:
+            del self._queues[key]
+
+    def charge(self, task: str, tokens: int) -> None:
+        """Count tokens that were computed for a task."""
+        self._served[task] = self._served.get(task, 0.0) + tokens
+
+    def served(self, task: str) -> float:
+        return self._served.get(task, 0.0)
+
+    def forget_idle(self, running_tasks: set[str]) -> None:
+        """Drop counters of tasks that neither wait nor run, so that memory stays bounded."""
+        active = running_tasks | {task for _, task in self._queues}
+        self._served = {task: self._served[task] for task in active if task in self._served}
+
+    def _waits(self, task: str) -> bool:
+        return any(name == task for _, name in self._queues)

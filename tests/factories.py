@@ -1,0 +1,178 @@
+"""Small real things that tests build: backbones, tokenizers, inventories, engines."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from polyhead.adapters.inject import Injection, find_modules
+from polyhead.adapters.inventory import BackboneRef, Inventory
+from polyhead.adapters.plan import RoutedTask
+from polyhead.adapters.private import PrivateAdapter
+from polyhead.server.engine.engine import Engine
+from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.request import Event, Failure, Output, Request
+from polyhead.server.engine.runner import Runner
+from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
+from polyhead.server.engine.tokenizer import Tokenizer
+
+END = "<|end|>"
+VOCAB = 257  # every byte and END
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+ROPE = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 256}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 backbone whose greedy output does not repeat itself at once."""
+    torch.manual_seed(seed)
+    extra = {"bos_token_id": None, "initializer_range": 0.15, **changes}
+    if family == "llama":
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**{**ROPE, **extra}))
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**{**ROPE, **extra}))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**{**ROPE, "head_dim": 16, **extra}))
+    else:
+        config = GPT2Config(
+            vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, eos_token_id=256, **extra
+        )
+        model = GPT2LMHeadModel(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token, in byte order; 256 ends a text."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    order = sorted(alphabet, key=lambda c: _byte_of(c))
+    fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(order)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    )
+    return tokenizer
+
+
+def _byte_of(symbol: str) -> int:
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    shifted = [b for b in range(256) if b not in printable]
+    code = ord(symbol)
+    return code if code in printable else shifted[code - 256]
+
+
+def tiny_inventory(
+    model: PreTrainedModel, heads: int = 4, skills: int = 4, rank: int = 3, std: float = 0.35
+) -> Inventory:
+    """Random skills over all linear layers, strong enough that tasks really differ."""
+    modules = find_modules(model, heads=heads)
+    return Inventory.random(
+        BackboneRef.of(model, "tiny"), modules, heads=heads, skills=skills, rank=rank, std=std
+    )
+
+
+def random_task(inventory: Inventory, key: str, seed: int) -> RoutedTask:
+    """A task with sharp random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = inventory.layout
+    shape = (len(layout.modules), layout.heads, layout.skills)
+    return RoutedTask(key, torch.softmax(4 * torch.randn(shape, generator=generator), -1))
+
+
+def random_private(
+    inventory: Inventory, seed: int, rank: int = 5, std: float = 0.2
+) -> PrivateAdapter:
+    """A private adapter over every other module."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = inventory.header.modules[::2]
+    a = {m.name: torch.randn(m.in_features, rank, generator=generator) * std for m in modules}
+    b = {m.name: torch.randn(rank, m.out_features, generator=generator) * std for m in modules}
+    return PrivateAdapter.checked(a, b, inventory.header.modules)
+
+
+def save_backbone(model: PreTrainedModel, folder: Path) -> Path:
+    """Backbone and byte tokenizer as a transformers folder."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Collector:
+    """Receives an engine's events and hands them to whoever waits for a request's end."""
+
+    def __init__(self) -> None:
+        self.events: dict[str, list[Event]] = {}
+        self.order: list[Event] = []
+        self._changed = threading.Condition()
+
+    def publish(self, events: list[Event]) -> None:
+        with self._changed:
+            for event in events:
+                self.events.setdefault(event.request_id, []).append(event)
+                self.order.append(event)
+            self._changed.notify_all()
+
+    def wait(self, request: Request, timeout: float = 60) -> list[Event]:
+        """All events of a request, once every choice has its finish reason."""
+        choices = len(request.continuations) or request.params.n
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._finished(request.id, choices), timeout)
+            assert done, f"{request.id} did not finish in {timeout} s"
+            return list(self.events[request.id])
+
+    def _finished(self, name: str, choices: int) -> bool:
+        events = self.events.get(name, [])
+        ended = sum(1 for e in events if isinstance(e, Output) and e.finish_reason)
+        return ended >= choices or any(isinstance(e, Failure) for e in events)
+
+    def tokens(self, request: Request, index: int = 0) -> list[int]:
+        events = self.wait(request)
+        failures = [e for e in events if isinstance(e, Failure)]
+        assert not failures, failures
+        outputs = [e for e in events if isinstance(e, Output) and e.index == index]
+        return [token for e in outputs for token in e.token_ids]
+
+    def text(self, request: Request, index: int = 0) -> str:
+        return "".join(
+            e.text for e in self.wait(request) if isinstance(e, Output) and e.index == index
+        )
+
+
+def make_engine(
+    model: PreTrainedModel,
+    injection: Injection | None,
+    collector: Collector,
+    *,
+    max_running: int = 8,
+    max_step_tokens: int = 32,
+    kv_tokens: int = 4096,
+    longest: int = 512,
+    **options: Any,
+) -> Engine:
+    """A real engine over a model, not started."""
+    space = KVSpace(kv_tokens, longest)
+    return Engine(
+        Runner(model, injection, space.capacities),
+        Scheduler(SchedulerConfig(max_running, max_step_tokens), space),
+        Tokenizer(byte_tokenizer(), [256]),
+        collector.publish,
+        **options,
+    )
