@@ -160,17 +160,6 @@ def test_every_layer_computes_what_pefts_own_layer_computes(trained: Trained) ->
     assert compared == list(trained.inventory.layout.modules)
 
 
-@torch.no_grad()
-def test_heads_of_b_left_beside_the_rank_would_be_noticed(trained: Trained) -> None:
-    inventory = trained.inventory
-    name = inventory.layout.modules[0]
-    w = inventory.tasks["task-0"].weights(inventory.layout)[0]
-    b = torch.einsum("hs,hsrd->hrd", w, inventory.b[name])
-    right = torch.cat(list(b), 1)
-    assert (b.transpose(0, 1).reshape(right.shape) - right).abs().max() == 0
-    assert (b.reshape(right.shape) - right).abs().max() > DIFFERENT
-
-
 def plan_of(inventory: Inventory, tasks: list[int]) -> list[RoutedTask]:
     names = [f"task-{task}" for task in tasks]
     return [RoutedTask(n, inventory.tasks[n].weights(inventory.layout)) for n in names]
