@@ -58,6 +58,7 @@ class Runner:
         """Throw the key-value store away, as after an error that may have left it half-written."""
         self.store = KVStore(self._shape, self._capacities, self.dtype, self.device)
 
+    @torch.inference_mode()
     def carry_out(self, operations: Ordered[KVOperation]) -> None:
         """Resize and move cache rows."""
         self.store.carry_out(operations)
