@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from polyhead.server.engine.request import Output
+from polyhead.server.engine.request import Output, Request
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0),
@@ -66,10 +66,9 @@ class Metrics:
 class Stopwatch:
     """Observes one request's latencies as its outputs arrive."""
 
-    def __init__(self, metrics: Metrics, arrival: float, prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, request: Request) -> None:
         self._metrics = metrics
-        self._arrival = arrival
-        self._prompt_tokens = prompt_tokens
+        self._request = request
         self._last: dict[int, float] = {}
         self._cached = 0
 
@@ -78,10 +77,10 @@ class Stopwatch:
         now, metrics = time.monotonic(), self._metrics
         tokens = len(output.token_ids)
         self._cached = max(self._cached, output.cached_tokens)
-        if tokens:
+        if tokens and not self._request.continuations:
             metrics.generation_tokens.inc(tokens)
             if not self._last:
-                metrics.first_token.observe(now - self._arrival)
+                metrics.first_token.observe(now - self._request.arrival)
             elif output.index in self._last:
                 metrics.inter_token.observe((now - self._last[output.index]) / tokens)
             self._last[output.index] = now
@@ -90,8 +89,8 @@ class Stopwatch:
 
     def finished(self) -> None:
         """The whole request has been answered."""
-        self._metrics.request.observe(time.monotonic() - self._arrival)
-        self._metrics.prompt_tokens.inc(self._prompt_tokens)
+        self._metrics.request.observe(time.monotonic() - self._request.arrival)
+        self._metrics.prompt_tokens.inc(len(self._request.prompt))
         self._metrics.cached_tokens.inc(self._cached)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, RoutedTask
-from polyhead.adapters.routing import Routing, mix
+from polyhead.adapters.routing import Routing, RoutingKind, mix
 from polyhead.server.config import Settings
 from polyhead.server.engine.request import Request, SamplingParams
-from polyhead.server.engine.tokenizer import Tokenizer
+from polyhead.server.engine.tokenizer import NoChatTemplate, Tokenizer
 from polyhead.server.http.errors import InvalidValue, UnknownTaskNamed, shown
 from polyhead.server.http.schemas import (
     INPUT,
@@ -52,6 +52,7 @@ class Admission:
     catalogue: Catalogue
     inventory: Inventory
     max_context: int
+    vocabulary: int
 
     def generate(self, body: GenerateBody, request_id: str) -> Request:
         """Raises `InvalidValue`, `RoutingError` or the catalogue's errors."""
@@ -104,10 +105,10 @@ class Admission:
     def _answerer(self, body: Asking) -> Answerer:
         if body.task is not None:
             found = self._resolve("task", body.task)
-            template, defaults = (
-                (found.task.template or INPUT, found.task.defaults) if found.task else (INPUT, {})
+            task = found.task
+            return Answerer(
+                task.id, task.generation, found.adapter, task.template or INPUT, task.defaults
             )
-            return Answerer(found.id, found.generation, found.adapter, template, defaults)
         if body.mixture is not None:
             return self._mixture(body.mixture)
         assert body.routing is not None  # the schema allows exactly one of the three
@@ -134,7 +135,7 @@ class Admission:
                     expected="a task with a routing",
                 )
             parts.append((found.adapter.weights, share))
-            digest.update(f"{found.generation}:{share!r};".encode())
+            digest.update(f"{found.task.generation}:{share!r};".encode())
         key = f"mixture:{digest.hexdigest()}"
         return Answerer("(mixture)", key, RoutedTask(key, mix(parts)))
 
@@ -149,13 +150,21 @@ class Admission:
         return self._tokens(name, content, self.max_context - 1)
 
     def _rendered(self, body: Asking) -> Sequence[int]:
-        assert body.messages is not None
-        return self.tokenizer.render_chat([message.model_dump() for message in body.messages])
+        turns = [message.model_dump() for message in body.messages or ()]
+        try:
+            return self.tokenizer.render_chat(turns)
+        except NoChatTemplate as exc:
+            raise InvalidValue.of(
+                "messages",
+                f"the backbone's chat template refused them: {exc}",
+                found=" ".join(turn["role"] for turn in turns[:8]),
+                expected="messages that the chat template takes",
+            ) from exc
 
     def _tokens(self, field: str, content: str | Sequence[int], most: int) -> tuple[int, ...]:
         if not isinstance(content, str):
             self._fitting(field, content, most)
-            return check_ids(field, content, self.tokenizer.vocab_size)
+            return check_ids(field, content, self.vocabulary)
         self._check_length(field, len(content))
         return self._fitting(field, self.tokenizer.encode(content), most)
 
@@ -182,7 +191,7 @@ class Admission:
             max_tokens=min(merged.max_tokens or DEFAULT_MAX_TOKENS, room),
             temperature=merged.temperature,
             top_p=merged.top_p,
-            top_k=min(merged.top_k, self.tokenizer.vocab_size),
+            top_k=min(merged.top_k, self.vocabulary),
             min_p=merged.min_p,
             repetition_penalty=merged.repetition_penalty,
             seed=merged.seed,
@@ -255,7 +264,7 @@ def read_routing(body: RoutingBody, inventory: Inventory) -> Routing:
         return routing
     values = body.logits if body.logits is not None else body.weights
     assert values is not None
-    kind = "logits" if form == "logits" else "weights"
+    kind: RoutingKind = "logits" if form == "logits" else "weights"
     return Routing.from_nested(values, layout, kind, body.granularity)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -64,12 +65,15 @@ def create_app(
 def _service(
     settings: Settings, loaded: Loaded, registry: Registry, bridge: Bridge, metrics: Metrics
 ) -> Service:
+    embeddings: Any = loaded.model.get_input_embeddings()
+    layout = loaded.inventory.layout
     admission = Admission(
         settings=settings,
         tokenizer=loaded.tokenizer,
-        catalogue=Catalogue(registry, settings.task_cache_bytes),
+        catalogue=Catalogue(registry, layout, settings.task_cache_bytes),
         inventory=loaded.inventory,
         max_context=loaded.max_context,
+        vocabulary=min(embeddings.num_embeddings, loaded.tokenizer.vocab_size),
     )
     return Service(
         settings=settings,

@@ -14,9 +14,16 @@ from polyhead.server.metrics import Metrics, Stopwatch
 
 T = TypeVar("T")
 
+STEP_FAILED = "the step that the request was part of failed; try again"
+ENGINE_STOPPED = "the engine has stopped"
+
 
 class Answering(Protocol):
-    """The part of the engine that the bridge calls; both methods may be called on any thread."""
+    """The part of the engine that the bridge calls, on the event loop."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread can still answer."""
 
     def submit(self, request: Request) -> None:
         """Take a request in, or raise an `EngineError`."""
@@ -31,8 +38,9 @@ class Answer:
     It holds at most what `max_tokens` and `n` let the engine make, however slow its reader.
     """
 
-    def __init__(self, request: Request, stopwatch: Stopwatch) -> None:
+    def __init__(self, request: Request, engine: Answering, stopwatch: Stopwatch) -> None:
         self.request = request
+        self._engine = engine
         self._stopwatch = stopwatch
         self._open = len(request.continuations) or request.params.n
         self._arrived: list[Output] = []
@@ -52,7 +60,9 @@ class Answer:
     def take(self, event: Event) -> None:
         """Keep one event of the engine's."""
         if isinstance(event, Failure):
-            self.fail(GenerationFailed(event.message))
+            # The engine has logged the reason; its own words may hold what no client should read.
+            alive = self._engine.alive
+            self.fail(GenerationFailed(STEP_FAILED) if alive else EngineDead(ENGINE_STOPPED))
             return
         self._stopwatch.saw(event)
         self._arrived.append(event)
@@ -110,7 +120,7 @@ class Bridge:
     @contextlib.asynccontextmanager
     async def ask(self, engine: Answering, request: Request) -> AsyncIterator[Answer]:
         """Submit `request`; leaving the block early aborts it. Raises what `submit` raises."""
-        answer = Answer(request, Stopwatch(self._metrics, request.arrival, len(request.prompt)))
+        answer = Answer(request, engine, Stopwatch(self._metrics, request))
         self._answers[request.id] = answer
         try:
             engine.submit(request)
@@ -131,7 +141,7 @@ class Bridge:
     def _bury(self, error: BaseException) -> None:
         self.death = error
         for answer in self._answers.values():
-            answer.fail(EngineDead("the engine has stopped"))
+            answer.fail(EngineDead(ENGINE_STOPPED))
 
 
 async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:

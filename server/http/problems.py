@@ -61,6 +61,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     adapters.PlanError: INTERNAL,
     adapters.ConversionError: INTERNAL,
     engine.EngineError: INTERNAL,
+    engine.BackboneError: INTERNAL,
     engine.EngineFull: Kind(503, "engine_full", "The waiting line is full"),
     engine.EngineDraining: Kind(503, "engine_draining", "The server is shutting down"),
     engine.EngineDead: Kind(503, "engine_dead", "The engine has stopped"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from polyhead.adapters.errors import PrivateAdapterError
@@ -74,18 +74,24 @@ async def registration(request: Request) -> Registration:
         form = await request.form(max_files=1, max_fields=1)
     except HTTPException as exc:
         raise MalformedBody(str(exc.detail)) from exc
-    async with form:
-        parts = dict(form.multi_items())
-        task, file = parts.pop(TASK_PART, None), parts.pop(FILE_PART, None)
-        if parts:
-            raise _wrong_part(next(iter(parts)), "unknown part", "no such part")
-        if not isinstance(task, str):
-            raise _wrong_part(TASK_PART, "missing", "a part with the task as JSON")
-        if not isinstance(file, UploadFile):
-            raise _wrong_part(FILE_PART, "missing", "a part with a safetensors file")
-        data = await file.read()
+    try:
+        task, data = await _parts(form)
+    finally:
+        await form.close()
     pool: Pool = request.app.state.service.pool
     return Registration(await pool.run(TaskBody.model_validate_json, task), data)
+
+
+async def _parts(form: FormData) -> tuple[str, bytes]:
+    parts = dict(form.multi_items())
+    task, file = parts.pop(TASK_PART, None), parts.pop(FILE_PART, None)
+    if parts:
+        raise _wrong_part(next(iter(parts)), "unknown part", "no such part")
+    if not isinstance(task, str):
+        raise _wrong_part(TASK_PART, "missing", "a part with the task as JSON")
+    if not isinstance(file, UploadFile):
+        raise _wrong_part(FILE_PART, "missing", "a part with a safetensors file")
+    return task, await file.read()
 
 
 def takes_registration() -> dict[str, Any]:

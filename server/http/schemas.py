@@ -9,7 +9,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
-    FailFast,
     Field,
     Tag,
     model_validator,
@@ -76,14 +75,14 @@ def _text_or_list(value: object) -> str:
 
 
 TaskId = Annotated[str, Field(pattern=TASK_ID)]
-TokenIds = Annotated[list[int], FailFast()]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 # Tags in angle brackets keep the branch of a union out of an error's field path.
 TextOrIds = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[TokenIds, Tag("<token ids>")],
     Discriminator(_text_or_ids),
 ]
 StopStrings = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], FailFast(), Tag("<list>")],
+    Annotated[str, Tag("<text>")] | Annotated[list[str], Field(fail_fast=True), Tag("<list>")],
     Discriminator(_text_or_list),
 ]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^:]+$")]
@@ -162,7 +161,7 @@ class GenerateBody(Asking, Sampling):
 class ScoreBody(Asking):
     """`POST /score`."""
 
-    choices: Annotated[list[TextOrIds], FailFast()] = Field(min_length=1)
+    choices: Annotated[list[TextOrIds], Field(fail_fast=True)] = Field(min_length=1)
 
 
 class TaskFields(Body):
@@ -190,11 +189,11 @@ class EditBody(TaskFields):
 
 
 class TaskAnswer(BaseModel):
-    """A task as it is now. `granularity` and `routing_kind` are null for a private adapter."""
+    """A task as it is now. `granularity` and `routing_kind` are null without a routing."""
 
     id: str
     generation: str
-    kind: Literal["routing", "private"]
+    kind: Literal["routing", "private", "base"]
     granularity: Granularity | None
     routing_kind: Literal["logits", "weights"] | None
     template: str | None

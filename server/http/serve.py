@@ -76,6 +76,7 @@ class Server(uvicorn.Server):
         service: Service = self._app.state.service
         try:
             await asyncio.to_thread(service.engine.drain, self._drain_seconds)
+            await asyncio.to_thread(service.engine.stop)  # aborts, and so answers, what is left
         finally:
             self.should_exit = True
 

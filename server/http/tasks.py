@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Header, Query
 from starlette.responses import Response
 
 from polyhead.adapters.routing import Routing
+from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.http.admission import unknown_task
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.errors import InvalidValue, shown
@@ -26,6 +27,7 @@ from polyhead.server.http.schemas import (
     TaskPage,
 )
 from polyhead.server.http.service import Service, the_service
+from polyhead.server.tasks.catalogue import BASE
 from polyhead.server.tasks.errors import NotARouting, UnknownTask
 from polyhead.server.tasks.task import ID_PATTERN, Task
 
@@ -103,6 +105,8 @@ async def list_tasks(
 @router.get("/{task_id}", response_model=TaskAnswer)
 async def read(task_id: TaskId, service: TheService) -> Response:
     """One task; the `ETag` is its generation."""
+    if task_id == BASE_TASK:
+        return _answer(BASE.task)
     return _answer(await service.pool.run(service.registry.get, task_id))
 
 
