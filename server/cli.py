@@ -4,6 +4,7 @@ Heavy packages are imported inside the commands that need them, so that `--help`
 Exit status: 0 done, 1 the work failed, 2 the command or a setting is wrong.
 """
 
+import gc
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from polyhead.adapters.errors import AdapterError
 from polyhead.server.config import Settings
 from polyhead.server.demo.folders import DemoError
 from polyhead.server.engine.errors import EngineError
+from polyhead.server.tasks.errors import RegistryError
 
 app = typer.Typer(
     help="Serve thousands of tasks from one backbone and one inventory of LoRA skills.",
@@ -43,7 +45,7 @@ def _one_line_errors() -> Iterator[None]:
     """What is raised on purpose becomes one line; a traceback is left for what is a bug."""
     try:
         yield
-    except (AdapterError, EngineError, DemoError, OSError) as exc:
+    except (AdapterError, EngineError, RegistryError, DemoError, OSError) as exc:
         _fail(str(exc), 1)
 
 
@@ -107,10 +109,15 @@ def serve(
     if print_config:
         typer.echo(settings.model_dump_json(indent=2))
         return
+    # The imports make millions of objects that stay: looking through them for garbage again and
+    # again takes a second of the start, and later pauses every collection while serving.
+    gc.disable()
     from polyhead.server.http.serve import run
 
+    gc.freeze()
+    gc.enable()
     with _one_line_errors():
-        run(settings)
+        raise typer.Exit(run(settings))
 
 
 @convert_app.command("peft")
@@ -123,13 +130,13 @@ def convert_peft_command(
     ] = None,
 ) -> None:
     """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
-    from transformers import AutoModelForCausalLM
-
     from polyhead.adapters.convert.peft import convert_peft
+    from polyhead.server.engine.loading import load_backbone, pick_device, pick_dtype
 
     with _one_line_errors():
         task_names = names.read_text().split() if names else None
-        model = AutoModelForCausalLM.from_pretrained(backbone, local_files_only=True)
+        cpu = pick_device("cpu")
+        model = load_backbone(backbone, pick_dtype("float32", cpu), cpu)
         inventory = convert_peft(source, model, Path(backbone).name, task_names)
         inventory.save(out)
     typer.echo(f"{out}: {len(inventory.tasks)} tasks, fingerprint {inventory.fingerprint}")

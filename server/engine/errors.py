@@ -4,6 +4,7 @@ EngineError
 ├── EngineFull      the waiting line is full: try again later
 ├── EngineDraining  the engine is shutting down and takes nothing new
 ├── EngineDead      the engine's thread ended; nothing will ever be answered
+├── BackboneError   the backbone's folder cannot be loaded
 └── RequestTooLarge the request can never fit into the key-value cache
 """
 
@@ -26,6 +27,10 @@ class EngineDraining(EngineError):
 
 class EngineDead(EngineError):
     """The engine's thread has ended."""
+
+
+class BackboneError(EngineError):
+    """The backbone's folder cannot be loaded."""
 
 
 class RequestTooLarge(EngineError):

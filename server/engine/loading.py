@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from polyhead.adapters.costs import measure_costs
 from polyhead.adapters.inject import Injection, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.server.config import Settings
 from polyhead.server.engine.engine import Engine, Publish
+from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -23,10 +25,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEP_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens of a step by device: what takes a few tenths of a second on a CPU, tens of ms on a GPU."""
-
-
-class BackboneError(ValueError):
-    """The backbone's folder cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,8 @@ def load(settings: Settings) -> Loaded:
     inventory = Inventory.load(settings.inventory)
     inventory.check_backbone(reference)
     injection = inject(model, inventory)
+    injection.planner.costs = measure_costs([slot.group for slot in injection.slots])
+    logger.info("seconds per form: %s", injection.planner.costs)
     tokenizer = Tokenizer.load(Path(settings.backbone), end_tokens(model))
     limit = int(getattr(model.config, "max_position_embeddings", 0) or settings.kv_cache_tokens)
     context = min(limit, settings.max_context or limit, settings.kv_cache_tokens)
