@@ -1,7 +1,13 @@
 """Which exact form a step should use for which task: a cost model measured on the device."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyhead.adapters import ops
 
 
 @dataclass(frozen=True)
@@ -15,18 +21,137 @@ class FormCosts:
     combined_token: float = 0.15  # for each combined token
     fold: float = 15.0  # to build a task's factors when they are not resident
 
-    def choose_combined(self, tokens: Mapping[str, int], resident: set[str]) -> set[str]:
+    def choose_combined(self, tokens: Mapping[str, int], available: Set[str]) -> set[str]:
         """The tasks that are cheaper in the combined form.
 
-        tokens: tokens of each routed task in the step; resident: tasks whose factors are there.
+        tokens: tokens of each routed task in the step; available: tasks whose factors exist, or
+        are to be built now whatever that costs.
         """
-        combined = {key: self._combined(n, key in resident) for key, n in tokens.items()}
-        better = {key for key, n in tokens.items() if combined[key] < n * self.factored_token}
+        better = {key for key in tokens.keys() & available if self.saving(tokens[key]) > 0}
         rest = tokens.keys() - better
-        factored = self.factored_step + sum(tokens[key] for key in rest) * self.factored_token
-        if rest and sum(combined[key] for key in rest) < factored:
-            return set(tokens)  # with nothing left to factor, its fixed cost goes too
+        if rest and rest <= available:
+            lost = -sum(self.saving(tokens[key]) for key in rest)
+            if lost < self.factored_step:
+                return set(tokens)  # with nothing left to factor, its fixed cost goes too
         return better
 
-    def _combined(self, tokens: int, resident: bool) -> float:
-        return self.combined_task + tokens * self.combined_token + (0.0 if resident else self.fold)
+    def saving(self, tokens: int) -> float:
+        """What one task saves in a step by the combined form, if others are factored anyway."""
+        combined = self.combined_task + tokens * self.combined_token
+        return tokens * self.factored_token - combined
+
+
+class RentOrBuy:
+    """When to build a task's factors: once they would have saved what building them costs.
+
+    The rule of the ski-rental problem: whatever comes, it pays at most twice the best cost.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._missed: dict[str, float] = {}
+        self._most = most
+
+    def due(self, costs: FormCosts, tokens: Mapping[str, int], resident: Set[str]) -> set[str]:
+        """Note what this step misses without the factors; answers the tasks to build now."""
+        ideal = costs.choose_combined(tokens, tokens.keys())
+        everything = len(ideal) == len(tokens)
+        share = costs.factored_step / len(tokens) if everything and tokens else 0.0
+        due = set()
+        for key in ideal - resident:
+            missed = self._missed.pop(key, 0.0) + costs.saving(tokens[key]) + share
+            if missed >= costs.fold:
+                due.add(key)
+            else:
+                self._missed[key] = missed
+        while len(self._missed) > self._most:
+            del self._missed[next(iter(self._missed))]
+        return due
+
+
+FEW, MANY, REPEATS = 1, 32, 3
+"""Tokens of the two measured batches, and how often each is timed."""
+
+
+@torch.inference_mode()
+def measure_costs(groups: Sequence[ops.SkillGroup]) -> FormCosts:
+    """Time both forms over all modules on the device that holds the skills.
+
+    Takes well under a second for a small backbone; the least of a few runs counts, since
+    whatever else the machine does only ever adds.
+    """
+    device = groups[0].a.device
+    outputs = [_Outputs.of(group, MANY) for group in groups]
+
+    def factored(tokens: int) -> Callable[[], None]:
+        return lambda: _each(outputs, lambda out: out.factored(tokens))
+
+    def combined(tokens: int) -> Callable[[], None]:
+        return lambda: _each(outputs, lambda out: out.combined(tokens))
+
+    few, many = _seconds(factored(FEW), device), _seconds(factored(MANY), device)
+    own_few, own_many = _seconds(combined(FEW), device), _seconds(combined(MANY), device)
+    factored_token = max(many - few, 0.0) / (MANY - FEW)
+    combined_token = max(own_many - own_few, 0.0) / (MANY - FEW)
+    return FormCosts(
+        factored_step=few - FEW * factored_token,
+        factored_token=factored_token,
+        combined_task=own_few - FEW * combined_token,
+        combined_token=combined_token,
+        fold=_seconds(lambda: _each(outputs, lambda out: out.fold()), device),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What one group needs to be timed."""
+
+    group: ops.SkillGroup
+    x: Tensor  # [n, I]
+    y: list[Tensor]  # [n, O_g]
+    weights: Tensor  # [G, H, S]
+    spread: Tensor  # [n, H, G*S*r]
+    factors: ops.Factors
+
+    @classmethod
+    def of(cls, group: ops.SkillGroup, tokens: int) -> "_Outputs":
+        like = group.a
+        shape = (group.size, group.heads, group.skills)
+        weights = torch.full(shape, 1 / group.skills, device=like.device)
+        spread = ops.spread(weights, group.rank).repeat(tokens, 1, 1)
+        x = like.new_ones(tokens, group.heads * like.shape[1])
+        y = [like.new_zeros(tokens, group.heads * b.shape[2]) for b in group.b]
+        return cls(group, x, y, weights, spread, ops.fold_factors(group, weights))
+
+    def factored(self, tokens: int) -> None:
+        hidden = ops.factored_shrink(self.x[:tokens], self.group, self.spread[:tokens])
+        for g, y in enumerate(self.y):
+            ops.factored_expand(y[:tokens], hidden, self.group, g)
+
+    def combined(self, tokens: int) -> None:
+        hidden = ops.combined_shrink(self.x[:tokens], self.factors)
+        for g, y in enumerate(self.y):
+            ops.combined_expand(y[:tokens], hidden, self.factors, g)
+
+    def fold(self) -> None:
+        ops.fold_factors(self.group, self.weights)
+
+
+def _each(outputs: Sequence[_Outputs], run: Callable[[_Outputs], None]) -> None:
+    for output in outputs:
+        run(output)
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    least = float("inf")
+    for _ in range(REPEATS):
+        _settle(device)
+        started = time.perf_counter()
+        run()
+        _settle(device)
+        least = min(least, time.perf_counter() - started)
+    return least
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyhead.adapters import ops
-from polyhead.adapters.costs import FormCosts
+from polyhead.adapters.costs import FormCosts, RentOrBuy
 from polyhead.adapters.plan import (
     Adapter,
     CombinedPart,
@@ -39,18 +39,34 @@ class WeightBoard:
     def update(self, tasks: Sequence[RoutedTask | None]) -> Tensor:
         """Rows for these tokens, `[n, H, M*S*r]`; None is a row of zeros."""
         if len(tasks) > self._rows.shape[0]:
-            self._rows = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
-            self._keys = [""] * len(tasks)
+            grown = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
+            grown[: len(self._keys)] = self._rows
+            self._rows = grown
+            self._keys += [""] * (len(tasks) - len(self._keys))
+        held = {key: row for row, key in enumerate(self._keys)}
+        moved: list[tuple[int, int]] = []  # (from, to)
+        fresh: dict[str, list[int]] = {}
+        wanted = {adapter_key(task): task for task in tasks}
         for row, task in enumerate(tasks):
             key = adapter_key(task)
-            if self._keys[row] == key:
+            if key == self._keys[row]:
                 continue
-            if task is None:
-                self._rows[row].zero_()
+            if key in held:
+                moved.append((held[key], row))
             else:
-                self._rows[row] = ops.spread(task.weights[self._order], self._rank)
+                fresh.setdefault(key, []).append(row)
             self._keys[row] = key
+        if moved:  # copied by way of a snapshot, since rows may trade places
+            self._rows[[to for _, to in moved]] = self._rows[[at for at, _ in moved]]
+        for key, rows in fresh.items():
+            self._rows[rows] = self._spread(wanted[key])
         return self._rows[: len(tasks)]
+
+    def _spread(self, task: RoutedTask | None) -> Tensor:
+        if task is None:
+            return self._rows.new_zeros(())
+        weights = task.weights[self._order].to(self._rows.device)
+        return ops.spread(weights, self._rank)
 
 
 class Planner:
@@ -79,6 +95,7 @@ class Planner:
             first.heads, first.rank, slots[-1].columns.stop, self._order, device
         )
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
+        self._renting = RentOrBuy()
         self._factor_cache_bytes = factor_cache_bytes
         self._factor_bytes = 0
 
@@ -90,7 +107,9 @@ class Planner:
         for position, adapter in enumerate(tokens):
             places[adapter_key(adapter)].append(position)
         routed = {k: len(places[k]) for k, a in distinct.items() if isinstance(a, RoutedTask)}
-        combined = self.costs.choose_combined(routed, set(self._factors))
+        resident = self._factors.keys()
+        available = resident | self._renting.due(self.costs, routed, resident)
+        combined = self.costs.choose_combined(routed, available)
         combined |= {k for k, a in distinct.items() if isinstance(a, PrivateAdapter)}
         factored = sorted(p for k in routed.keys() - combined for p in places[k])
         parts = [

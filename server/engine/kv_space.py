@@ -9,6 +9,8 @@ twice what the sequences hold, whatever the longest one is.
 from dataclasses import dataclass
 
 SMALLEST_ROW = 128
+FIRST_GROWTH = 512
+"""Tokens that an empty arena of small rows starts with."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class KVSpace:
         affordable = self._free() // capacity
         if affordable < 1:
             return False
-        self._resize(arena, self._rows[arena] + min(affordable, max(1, self._rows[arena] // 2)))
+        wanted = max(1, self._rows[arena], FIRST_GROWTH // capacity)  # doubling: few resizes
+        self._resize(arena, self._rows[arena] + min(affordable, wanted))
         return True
 
     def _free(self) -> int:
