@@ -248,7 +248,7 @@ def check_sampling(sampling: Sampling, settings: Settings, prefix: str = "") -> 
 
 def read_routing(body: RoutingBody, inventory: Inventory) -> Routing:
     """The routing of a body, checked against `inventory`. Raises `RoutingError`, `InvalidValue`."""
-    form = exactly_one(body, "logits", "weights", "safetensors")
+    form = exactly_one(body, "logits", "weights", "safetensors", prefix="routing.")
     layout = inventory.layout
     if body.safetensors is not None:
         routing = Routing.from_safetensors(

@@ -1,5 +1,6 @@
 """Bodies and answers of the native calls. Values that depend on settings are checked later."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError, to_json
@@ -33,14 +35,17 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-def exactly_one(body: BaseModel, *names: str) -> str:
-    """The one of `names` that is given. Raises `InvalidValue` on none and on more."""
+def exactly_one(body: BaseModel, *names: str, prefix: str = "") -> str:
+    """The one of `names` that is given; `prefix` is the path of `body`.
+
+    Raises `InvalidValue` on none and on more.
+    """
     given = [name for name in names if getattr(body, name) is not None]
     if len(given) == 1:
         return given[0]
     found = " and ".join(given) or "none"
     wanted = "exactly one of " + ", ".join(names)
-    field = given[1] if given else names[0]
+    field = prefix + (given[1] if given else names[0])
     raise InvalidValue.of(field, "give one of these fields", found=found, expected=wanted)
 
 
@@ -54,6 +59,14 @@ def _holds_input(value: str) -> str:
     if INPUT not in value:
         raise PydanticCustomError("template", "Template should hold {text}", {"text": INPUT})
     return value
+
+
+def _scalar(value: Any) -> Scalar:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("metadata", "Input should be a finite number")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise PydanticCustomError("metadata", "Input should be text, a number, true, false or null")
 
 
 def _small_metadata(value: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -87,10 +100,12 @@ StopStrings = Annotated[
 ]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^:]+$")]
 Template = Annotated[str, Field(max_length=MAX_TEMPLATE), AfterValidator(_holds_input)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Metadata = Annotated[
-    dict[MetadataKey, str | int | Number | bool | None], AfterValidator(_small_metadata)
+Value = Annotated[
+    Any,
+    AfterValidator(_scalar),
+    WithJsonSchema({"type": ["string", "number", "boolean", "null"]}),
 ]
+Metadata = Annotated[dict[MetadataKey, Value], AfterValidator(_small_metadata)]
 Base64 = Annotated[str, Field(description="safetensors bytes as base64")]
 
 
