@@ -10,11 +10,15 @@ from functools import cached_property
 from polyhead.adapters.plan import Adapter, RoutedTask
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.server.engine.request import BASE_TASK
+from polyhead.server.tasks.heap import trim_heap
 from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.task import Task
 
 ROW_BYTES = 4096
 """Charged for every task beside its numbers and texts: its objects, keys and bookkeeping."""
+
+TRIM_AFTER_BYTES = 64 << 20
+"""How much is loaded between two returns of freed memory, which take about 10 ms each."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Catalogue:
         self._lock = threading.Lock()
         self._resident: OrderedDict[str, ResolvedTask] = OrderedDict()
         self._bytes = 0
+        self._untrimmed = 0
         self._loading: dict[str, object] = {}
         registry.subscribe(self._forget)
 
@@ -95,13 +100,14 @@ class Catalogue:
         resolved = None
         try:
             resolved = self._load(task_id)
-            return resolved
         finally:
             with self._lock:
                 if self._loading.get(task_id) is ticket:
                     del self._loading[task_id]
                     if resolved is not None:
                         self._keep(resolved)
+        self._trim_after(resolved.nbytes)
+        return resolved
 
     def _load(self, task_id: str) -> ResolvedTask:
         task, content = self._registry.load(task_id)
@@ -117,6 +123,15 @@ class Catalogue:
         while self._bytes > self._max_bytes:
             _, evicted = self._resident.popitem(last=False)
             self._bytes -= evicted.nbytes
+
+    def _trim_after(self, loaded: int) -> None:
+        with self._lock:
+            self._untrimmed += loaded
+            due = self._untrimmed >= TRIM_AFTER_BYTES
+            if due:
+                self._untrimmed = 0
+        if due:
+            trim_heap()
 
     def _forget(self, task_id: str) -> None:
         with self._lock:

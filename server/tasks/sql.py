@@ -15,6 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from polyhead.server.tasks.errors import RegistryUnavailable, SchemaTooNew
 
 FILE_NAME = "registry.sqlite3"
+POOL_SIZE = 8
+"""Readers at a time; more would only take turns at the interpreter and hold page caches."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -35,6 +37,8 @@ class Database:
         self._engine = create_engine(
             URL.create("sqlite", database=str(folder / FILE_NAME)),
             connect_args={"timeout": lock_timeout},
+            pool_size=POOL_SIZE,
+            max_overflow=0,
             pool_timeout=lock_timeout,
         )
         event.listen(self._engine, "connect", _configure)
