@@ -1,5 +1,6 @@
 """A real server on a free loopback port, over a tiny random backbone, inside the test process."""
 
+import concurrent.futures
 import contextlib
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import torch
 from factories import save_backbone, tiny_inventory, tiny_model
+from torch import nn
 
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
@@ -59,9 +61,10 @@ def settings_for(folder: Path, data_dir: Path, **changes: Any) -> Settings:
 class LiveServer:
     """A running server: its address, and its parts for looking inside."""
 
-    def __init__(self, server: Server, service: Service) -> None:
+    def __init__(self, server: Server, service: Service, model: nn.Module) -> None:
         self.server = server
         self.service = service
+        self.model = model
         host, port = server.servers[0].sockets[0].getsockname()[:2]
         self.url = f"http://{host}:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
@@ -73,6 +76,16 @@ class LiveServer:
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found
+
+    def start(self, **body: Any) -> "concurrent.futures.Future[httpx.Response]":
+        """`POST /generate` in a thread, once the engine has taken it in."""
+        whole = {"task": "amber", "prompt": "hello", "ignore_eos": True} | body
+        before = self.running()
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        answer = pool.submit(httpx.post, f"{self.url}/generate", json=whole, timeout=60)
+        pool.shutdown(wait=False)
+        self.eventually(lambda: self.running() > before or answer.done())
+        return answer
 
     def running(self) -> int:
         """Requests that the engine holds, running or in line."""
@@ -104,7 +117,7 @@ def serving(settings: Settings) -> Iterator[LiveServer]:
             while not server.started:
                 assert thread.is_alive(), "the server did not start"
                 time.sleep(0.01)
-            live = LiveServer(server, app.state.service)
+            live = LiveServer(server, app.state.service, loaded.model)
             with live.client:
                 yield live
         finally:

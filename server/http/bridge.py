@@ -109,6 +109,11 @@ class Bridge:
         self._answers: dict[str, Answer] = {}
         self.death: BaseException | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody still waits for an answer."""
+        return bool(self._answers)
+
     def publish(self, events: list[Event]) -> None:
         """All events of one step: one wake-up of the loop, however many requests it serves."""
         self._loop.call_soon_threadsafe(self._deliver, events)

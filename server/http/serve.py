@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import socket
 import sys
+import time
 from types import FrameType
 
 import uvicorn
@@ -74,8 +75,11 @@ class Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         service: Service = self._app.state.service
+        end = time.monotonic() + self._drain_seconds
         try:
             await asyncio.to_thread(service.engine.drain, self._drain_seconds)
+            while service.bridge.busy and time.monotonic() < end:
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(service.engine.stop)  # aborts, and so answers, what is left
         finally:
             self.should_exit = True
