@@ -54,7 +54,9 @@ def test_text_is_split_by_the_rules_of_the_model(
 
 def test_it_answers_and_stops(data: Path, tokenizer: Any) -> None:
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(data / NAME, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        data / NAME, dtype=torch.float32, local_files_only=True
+    )
     text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
