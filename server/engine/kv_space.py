@@ -2,8 +2,9 @@
 
 Sequences live in rows of power-of-two capacity, one arena of equal rows per capacity, so that the
 rows of an arena can be attended to in one product without gathering. A sequence that outgrows its
-row moves to the next arena; a hole is filled by the arena's last row. Memory is at most about
-twice what the sequences hold, whatever the longest one is.
+row moves to the next arena; a hole is filled by the arena's last row. The rows in use take at most
+about twice what the sequences hold, whatever the longest one is; an arena's spare rows come on top,
+and go as soon as another arena needs their memory.
 """
 
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class KVSpace:
         """A row for `target` that starts with the first tokens of `source`'s. False when full."""
         if not self.reserve(target, length):
             return False
-        self._record_copy(self._places[source], self._places[target], self._lengths[source])
+        shared = min(length, self._lengths[source])
+        self._record_copy(self._places[source], self._places[target], shared)
         return True
 
     def release(self, owner: object) -> None:
