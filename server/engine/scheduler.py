@@ -44,7 +44,7 @@ class Scheduler:
         self._steps = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.line.add(sequence, self._running_tasks())
+        self.line.add(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its cache row."""
@@ -178,27 +178,28 @@ class Scheduler:
         return dropped
 
     def _unfair_seat(self, sequence: Sequence) -> Sequence | None:
-        """Whom a waiting sequence may replace: a less urgent one, or, when its own task has no
-        seat at all, the newest of the task with the most seats, two or more."""
-        if not self.running:
-            return None
-        least = max(self.running, key=lambda s: s.order)
-        if least.request.priority > sequence.request.priority:
-            return least
+        """Whom a waiting sequence may replace: one of a later priority, or, when its own task has
+        no seat at all, the newest of the task with the most seats, two or more.
+
+        Only those come into question who then wait behind it, so that nobody is preempted for
+        nothing and seated again in the next step.
+        """
+        behind = [s for s in self.running if self._urgency(sequence) < self._urgency(s)]
+        later = [s for s in behind if s.request.priority > sequence.request.priority]
+        if later:
+            return max(later, key=lambda s: s.order)
         seats = Counter(s.request.task for s in self.running)
         if seats[sequence.request.task]:
             return None
-        task, held = seats.most_common(1)[0]
-        if held < 2:
-            return None
-        return max((s for s in self.running if s.request.task == task), key=lambda s: s.order)
+        crowd = [s for s in behind if seats[s.request.task] >= 2]
+        return max(crowd, key=lambda s: (seats[s.request.task], s.order), default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.space.release(sequence)
         sequence.computed = 0
         self.preemptions += 1
-        self.line.add(sequence, self._running_tasks())
+        self.line.add(sequence)
 
     def _running_tasks(self) -> set[str]:
         return {sequence.request.task for sequence in self.running}

@@ -10,13 +10,15 @@ class WaitingLine:
     """Sequences that wait for a seat, by priority and task.
 
     Fairness is a virtual token counter per task (Sheng et al., 2023, arXiv 2401.00588): the task
-    that has been served the fewest tokens goes next. A task that comes back after a pause starts
-    at the level of the least served active one, so nobody saves up a claim.
+    that has been served the fewest tokens goes next. A task that begins to wait starts at least at
+    the level of the least served waiting one, or where nobody waits, of the last one that did: so
+    nobody saves up a claim, and what a task used of seats that nobody else wanted is no debt.
     """
 
     def __init__(self) -> None:
         self._queues: dict[tuple[int, str], list[Sequence]] = {}
         self._served: dict[str, float] = {}
+        self._last_to_wait = ""
         self._length = 0
 
     def __len__(self) -> int:
@@ -26,15 +28,15 @@ class WaitingLine:
         for queue in self._queues.values():
             yield from queue
 
-    def add(self, sequence: Sequence, running_tasks: set[str]) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Put a sequence where its arrival says, in front of later ones of its task."""
         task = sequence.request.task
-        if task not in running_tasks and not self._waits(task):
-            active = running_tasks | {name for _, name in self._queues}
-            floor = min((self._served.get(name, 0.0) for name in active), default=0.0)
-            self._served[task] = max(self._served.get(task, 0.0), floor)
+        waiting = {name for _, name in self._queues}
+        if task not in waiting:
+            level = min(map(self.served, waiting), default=self.served(self._last_to_wait))
+            self._served[task] = max(self.served(task), level)
         queue = self._queues.setdefault((sequence.request.priority, task), [])
-        bisect.insort(queue, sequence, key=lambda waiting: waiting.order)
+        bisect.insort(queue, sequence, key=lambda other: other.order)
         self._length += 1
 
     def peek(self) -> Sequence | None:
@@ -51,6 +53,7 @@ class WaitingLine:
         self._length -= 1
         if not self._queues[key]:
             del self._queues[key]
+            self._last_to_wait = sequence.request.task
 
     def charge(self, task: str, tokens: int) -> None:
         """Count tokens that were computed for a task."""
@@ -61,8 +64,5 @@ class WaitingLine:
 
     def forget_idle(self, running_tasks: set[str]) -> None:
         """Drop counters of tasks that neither wait nor run, so that memory stays bounded."""
-        active = running_tasks | {task for _, task in self._queues}
+        active = running_tasks | {task for _, task in self._queues} | {self._last_to_wait}
         self._served = {task: self._served[task] for task in active if task in self._served}
-
-    def _waits(self, task: str) -> bool:
-        return any(name == task for _, name in self._queues)
