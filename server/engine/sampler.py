@@ -52,7 +52,7 @@ def logprobs_of(
     """
     table = torch.log_softmax(logits.float(), dim=-1)
     chosen = table.gather(1, torch.tensor(tokens, device=table.device)[:, None])[:, 0].tolist()
-    most = max(alternatives, default=0)
+    most = min(max(alternatives, default=0), table.shape[1])
     if most == 0:
         return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
     values, ids = (part.tolist() for part in table.topk(most, dim=-1))
@@ -77,7 +77,8 @@ def _penalise(scores: Tensor, draw: Draw) -> None:
 
 def _draw(scores: Tensor, draw: Draw) -> int:
     params = draw.params
-    probabilities = torch.softmax(scores / params.temperature, dim=-1)
+    # From the maximum down, so that a tiny temperature overflows to -inf and never to NaN.
+    probabilities = torch.softmax((scores - scores.max()) / params.temperature, dim=-1)
     ids: Tensor | None = None
     if params.top_k or params.top_p < 1:
         probabilities, ids = _likeliest(probabilities, params.top_k, params.top_p)
