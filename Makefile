@@ -13,6 +13,8 @@ DEMO := $(DATA)/.demo
 
 # Set-up may fetch; nothing that runs afterwards may.
 export HF_HUB_OFFLINE := 1
+# pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup serve test check bench clean
 .DELETE_ON_ERROR:
