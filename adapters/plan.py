@@ -57,13 +57,17 @@ class Plan:
     tokens: int
     factored: FactoredPart | None
     combined: Sequence[CombinedPart]
+    stale: bool = False  # set when a later plan takes over the buffer of this one's weights
     _memo: "tuple[GroupSlot, Tensor, list[Tensor | None]] | None" = field(default=None, repr=False)
 
     def add_delta(self, slot: "GroupSlot", g: int, x: Tensor, y: Tensor) -> None:
         """Add the adapters' part of module g of a group to its base product y, in place.
 
-        x `[..., I]` and y `[..., O]` with as many tokens as the plan has.
+        x `[..., I]` and y `[..., O]` with as many tokens as the plan has. Raises `PlanError` when
+        they have another number, or when the planner has built a later plan since.
         """
+        if self.stale:
+            raise PlanError("a later plan has overwritten this one's weights")
         flat_y = y.view(-1, y.shape[-1])
         if flat_y.shape[0] != self.tokens:
             raise PlanError(

@@ -38,28 +38,31 @@ class WeightBoard:
 
     def update(self, tasks: Sequence[RoutedTask | None]) -> Tensor:
         """Rows for these tokens, `[n, H, M*S*r]`; None is a row of zeros."""
-        if len(tasks) > self._rows.shape[0]:
-            grown = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
-            grown[: len(self._keys)] = self._rows
+        if len(tasks) > len(self._keys):
+            with torch.inference_mode(False):  # else later updates outside of it would fail
+                grown = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
+            grown[: len(self._keys)] = self._rows[: len(self._keys)]
             self._rows = grown
             self._keys += [""] * (len(tasks) - len(self._keys))
-        held = {key: row for row, key in enumerate(self._keys)}
+        keys, self._keys = self._keys, []  # an update that fails leaves an empty board
+        held = {key: row for row, key in enumerate(keys)}
         moved: list[tuple[int, int]] = []  # (from, to)
         fresh: dict[str, list[int]] = {}
         wanted = {adapter_key(task): task for task in tasks}
         for row, task in enumerate(tasks):
             key = adapter_key(task)
-            if key == self._keys[row]:
+            if key == keys[row]:
                 continue
             if key in held:
                 moved.append((held[key], row))
             else:
                 fresh.setdefault(key, []).append(row)
-            self._keys[row] = key
+            keys[row] = key
         if moved:  # copied by way of a snapshot, since rows may trade places
             self._rows[[to for _, to in moved]] = self._rows[[at for at, _ in moved]]
         for key, rows in fresh.items():
             self._rows[rows] = self._spread(wanted[key])
+        self._keys = keys
         return self._rows[: len(tasks)]
 
     def _spread(self, task: RoutedTask | None) -> Tensor:
@@ -95,6 +98,7 @@ class Planner:
             first.heads, first.rank, slots[-1].columns.stop, self._order, device
         )
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
+        self._on_board: Plan | None = None  # whose weights the board holds
         self._renting = RentOrBuy()
         self._factor_cache_bytes = factor_cache_bytes
         self._factor_bytes = 0
@@ -118,7 +122,10 @@ class Planner:
             if k in combined
         ]
         self._evict(keep=combined)
-        return Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
+        plan = Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
+        if plan.factored is not None:
+            self._on_board = plan
+        return plan
 
     def _factored_part(
         self, positions: list[int], tokens: Sequence[Adapter], combined: set[str]
@@ -130,6 +137,8 @@ class Planner:
             positions = list(span)  # zero rows for a few others cost less than gathering
         rows = [tokens[p] for p in positions]
         tasks = [a if isinstance(a, RoutedTask) and a.key not in combined else None for a in rows]
+        if self._on_board is not None:
+            self._on_board.stale = True
         return FactoredPart(_tokens(positions, self._device), self._board.update(tasks))
 
     def _resident(self, key: str, adapter: Adapter) -> Sequence[ops.Factors | None]:

@@ -1,7 +1,7 @@
 """Both exact forms against the reference, and the reference against the definition."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,14 +27,6 @@ WRONG = 0.1
 """How far at least the answer of another task is, in the same measure."""
 MOST_NUMBERS = 1 << 21
 """Limit on `N * H * S * r`, the factored form's intermediate, so that no example is slow."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
