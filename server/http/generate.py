@@ -1,15 +1,17 @@
 """`POST /generate`."""
 
+import math
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from polyhead.server.engine import request as engine
 from polyhead.server.engine.request import Output, TokenLogprob
 from polyhead.server.engine.tokenizer import Tokenizer
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.bridge import Answer, unless_client_leaves
+from polyhead.server.http.errors import GenerationFailed
 from polyhead.server.http.schemas import (
     Candidate,
     Choice,
@@ -42,7 +44,7 @@ async def generate(
             return await collect(answer, body.return_token_ids, service.tokenizer)
 
     whole = await unless_client_leaves(request.receive, collected())
-    return JSONResponse(whole.model_dump(exclude_none=True))
+    return Response(whole.model_dump_json(exclude_none=True), media_type="application/json")
 
 
 async def collect(answer: Answer, with_ids: bool, tokenizer: Tokenizer) -> GenerateAnswer:
@@ -126,13 +128,20 @@ class StreamEncoder:
 
 
 def token_answer(found: TokenLogprob, tokenizer: Tokenizer) -> TokenAnswer:
-    """A token's log-probability with its text."""
+    """A token's log-probability with its text. Raises what `finite` raises."""
     return TokenAnswer(
         token_id=found.token_id,
         token=tokenizer.token_text(found.token_id),
-        logprob=found.logprob,
+        logprob=finite(found.logprob),
         top=[
-            Candidate(token_id=token, token=tokenizer.token_text(token), logprob=logprob)
+            Candidate(token_id=token, token=tokenizer.token_text(token), logprob=finite(logprob))
             for token, logprob in found.top
         ],
     )
+
+
+def finite(logprob: float) -> float:
+    """`logprob`, if JSON can hold it. Raises `GenerationFailed` where it is not finite."""
+    if not math.isfinite(logprob):
+        raise GenerationFailed("the task's adapter overflows: its output is not finite")
+    return logprob

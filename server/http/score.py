@@ -3,13 +3,14 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from polyhead.server.engine.errors import EngineDraining
 from polyhead.server.engine.request import Output
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.bridge import unless_client_leaves
 from polyhead.server.http.errors import DeadlinePassed
+from polyhead.server.http.generate import finite
 from polyhead.server.http.schemas import Score, ScoreAnswer, ScoreBody
 from polyhead.server.http.service import Service, request_id, the_service
 
@@ -37,7 +38,8 @@ async def score(
         )
     ]
     best = max(range(len(scores)), key=lambda index: scores[index].normalised)
-    return JSONResponse(ScoreAnswer(scores=scores, best=best).model_dump())
+    answer = ScoreAnswer(scores=scores, best=best)
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 def _score(choice: str | list[int], tokens: int, outputs: list[Output]) -> Score:
@@ -46,5 +48,5 @@ def _score(choice: str | list[int], tokens: int, outputs: list[Output]) -> Score
         raise DeadlinePassed("the deadline came before every choice was scored")
     if "abort" in ended:
         raise EngineDraining("the server shut down before every choice was scored")
-    total = sum(token.logprob for output in outputs for token in output.logprobs)
+    total = sum(finite(token.logprob) for output in outputs for token in output.logprobs)
     return Score(choice=choice, logprob=total, tokens=tokens, normalised=total / tokens)

@@ -1,5 +1,6 @@
 """Clients that leave, engines that fail, servers that stop."""
 
+import base64
 import contextlib
 import json
 import os
@@ -14,7 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from live_server import CONTEXT, LiveServer, serving, settings_for
+from safetensors.torch import save
 from torch import nn
 
 from polyhead.server.http.serve import is_loopback, run
@@ -101,6 +104,24 @@ def test_a_failed_step_costs_its_own_requests_only(own: LiveServer) -> None:
     assert "secret" not in answer.text
     assert own.generate()["choices"] == expected
     assert own.client.get("/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adapter_that_overflows_is_told_so(own: LiveServer, stream: bool) -> None:
+    module = own.service.inventory.header.modules[-1]
+    tensors = {
+        f"{module.name}.A": torch.full((module.in_features, 1), 1e30),
+        f"{module.name}.B": torch.full((1, module.out_features), 1e30),
+    }
+    file = base64.b64encode(save(tensors)).decode()
+    task = {"id": "large", "private_adapter": {"safetensors": file}}
+    assert own.client.post("/tasks", json=task).status_code == 201
+    body = {"task": "large", "prompt": "hello", "max_tokens": 2, "stream": stream}
+    answer = own.client.post("/generate", json={**body, "logprobs": 1})
+    assert (answer.status_code, answer.json()["code"]) == (500, "generation_failed")
+    assert "not finite" in answer.json()["detail"]
+    scores = {"task": "large", "prompt": "hello", "choices": ["a"]}
+    assert own.client.post("/score", json=scores).json()["code"] == "generation_failed"
 
 
 def test_an_error_after_the_first_byte_is_an_event(own: LiveServer) -> None:
