@@ -56,5 +56,5 @@ $(WHEEL): | $(INSTALLED)
 
 $(DEMO): $(WHEEL) $(wildcard server/demo/*.py) | $(INSTALLED)
 	@echo "Preparing the demo's backbone and inventory."
-	$(BIN)/polyhead demo $(DATA)
+	TQDM_DISABLE=1 $(BIN)/polyhead demo $(DATA)
 	touch $@
