@@ -1,6 +1,7 @@
 """Small real things that tests build: backbones, tokenizers, inventories, engines."""
 
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 
 from polyhead.adapters.inject import Injection, find_modules
 from polyhead.adapters.inventory import BackboneRef, Inventory
-from polyhead.adapters.plan import RoutedTask
+from polyhead.adapters.plan import Adapter, RoutedTask
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
@@ -176,3 +177,41 @@ def make_engine(
         collector.publish,
         **options,
     )
+
+
+def merged(model: PreTrainedModel, inventory: Inventory, adapter: Adapter) -> PreTrainedModel:
+    """A copy of a bare backbone with one task's A_t and B_t added to its weights for good."""
+    copy = deepcopy(model)
+    copy.generation_config.eos_token_id = None
+    copy.generation_config.pad_token_id = 0
+    for m, module in enumerate(inventory.header.modules):
+        layer: Any = copy.get_submodule(module.name)
+        delta = _delta(inventory, adapter, m, module.name)
+        if delta is not None:
+            layer.weight += delta.T if isinstance(layer, torch.nn.Linear) else delta
+    return copy
+
+
+def _delta(inventory: Inventory, adapter: Adapter, m: int, name: str) -> torch.Tensor | None:
+    if isinstance(adapter, PrivateAdapter):
+        return adapter.a[name] @ adapter.b[name] if name in adapter.a else None
+    if adapter is None:
+        return None
+    heads = list(zip(adapter.weights[m], inventory.a[name], inventory.b[name], strict=True))
+    a = torch.cat([sum(w * a for w, a in zip(ws, skills, strict=True)) for ws, skills, _ in heads])
+    b = torch.cat(
+        [sum(w * b for w, b in zip(ws, skills, strict=True)) for ws, _, skills in heads], 1
+    )
+    return inventory.header.scaling * a @ b
+
+
+def alone(model: PreTrainedModel, request: Request) -> list[int]:
+    """What transformers' own greedy `generate` answers to one request."""
+    prompt = torch.tensor([request.prompt])
+    ids = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=request.params.max_tokens,
+    )
+    return ids[0, len(request.prompt) :].tolist()
