@@ -52,20 +52,22 @@ class RentOrBuy:
         self._most = most
 
     def due(self, costs: FormCosts, tokens: Mapping[str, int], resident: Set[str]) -> set[str]:
-        """Note what this step misses without the factors; answers the tasks to build now."""
+        """Note what this step misses without the factors; answers whom to build for now.
+
+        That is one task at most, so that no step is held up by more than one building.
+        """
         ideal = costs.choose_combined(tokens, tokens.keys())
         everything = len(ideal) == len(tokens)
         share = costs.factored_step / len(tokens) if everything and tokens else 0.0
-        due = set()
         for key in ideal - resident:
             missed = self._missed.pop(key, 0.0) + costs.saving(tokens[key]) + share
+            self._missed[key] = missed
             if missed >= costs.fold:
-                due.add(key)
-            else:
-                self._missed[key] = missed
+                del self._missed[key]
+                return {key}
         while len(self._missed) > self._most:
             del self._missed[next(iter(self._missed))]
-        return due
+        return set()
 
 
 FEW, MANY, REPEATS = 1, 32, 3

@@ -103,6 +103,10 @@ class Injection:
         """Layers that were touched."""
         return len(self._originals)
 
+    def arrange(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> list[int]:
+        """The order of the rows that makes `plan` cheapest."""
+        return self.planner.arrange(adapters, counts)
+
     def plan(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> Plan:
         """The plan for a packed row: `counts[i]` adjacent tokens answered by `adapters[i]`."""
         return self.planner.build(adapters, counts)

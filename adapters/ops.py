@@ -100,15 +100,23 @@ class Factors:
 
 def fold_factors(group: SkillGroup, weights: Tensor) -> Factors:
     """Average a group's skills for one task, in float32. weights `[G, H, S]`."""
-    w = weights.float()
-    heads, skills, rank = group.heads, group.skills, group.rank
-    a = group.a.view(heads, -1, group.size, skills, rank).float()
-    a_t = torch.einsum("higsr,ghs->higr", a, w).reshape(-1, group.size * rank)
+    w = weights.float().transpose(0, 1).contiguous()  # [H, G, S]
+    a_t = torch.bmm(group.a.float(), _averaging(w, group.rank))  # [H, I/H, G*r]
     b_t = []
     for g, b in enumerate(group.b):
-        skill_b = b.view(heads, skills, rank, -1).float()
-        b_t.append(torch.einsum("hsro,hs->rho", skill_b, w[g]).flatten(1).to(b.dtype))
-    return Factors(a_t.to(group.a.dtype).contiguous(), tuple(b_t))
+        by_skill = b.view(group.heads, group.skills, -1).float()  # [H, S, r*O/H]
+        mean = torch.bmm(w[:, g : g + 1], by_skill).view(group.heads, group.rank, -1)
+        b_t.append(mean.transpose(0, 1).reshape(group.rank, -1).to(b.dtype))
+    return Factors(a_t.flatten(0, 1).to(group.a.dtype), tuple(b_t))
+
+
+def _averaging(w: Tensor, rank: int) -> Tensor:
+    """`[H, G*S*r, G*r]`: what columns (g, s, r) are multiplied by to average over s."""
+    heads, size, skills = w.shape
+    same_g = torch.eye(size, device=w.device).view(1, size, 1, 1, size, 1)
+    same_r = torch.eye(rank, device=w.device).view(1, 1, 1, rank, 1, rank)
+    whole = w.view(heads, size, skills, 1, 1, 1) * same_g * same_r
+    return whole.reshape(heads, size * skills * rank, size * rank)
 
 
 def combined_shrink(x: Tensor, factors: Factors) -> Tensor:

@@ -1,6 +1,6 @@
 """Builds the plan of each step from the adapters of its rows."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from itertools import repeat
 
@@ -102,6 +102,16 @@ class Planner:
         self._renting = RentOrBuy()
         self._factor_cache_bytes = factor_cache_bytes
         self._factor_bytes = 0
+
+    def arrange(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> list[int]:
+        """An order of the rows that makes a step cheap: rows of one adapter side by side, and the
+        adapters with the most tokens, which the combined form takes, last."""
+        keys = [adapter_key(adapter) for adapter in adapters]
+        tokens: Counter[str] = Counter()
+        for key, count in zip(keys, counts, strict=True):
+            tokens[key] += count
+        private = [isinstance(adapter, PrivateAdapter) for adapter in adapters]
+        return sorted(range(len(keys)), key=lambda i: (private[i], tokens[keys[i]], keys[i]))
 
     def build(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> Plan:
         """The plan for rows of `counts[i]` adjacent tokens, each answered by `adapters[i]`."""

@@ -145,7 +145,11 @@ def _arrange(
         else:
             chunks.append(PrefillChunk(row.place.arena, row.place.row, token, row.start, row.count))
         token += row.count
-    return [_group(arena, found, device) for arena, found in decoding.items()], chunks
+    groups = []
+    for arena, found in decoding.items():
+        found.sort(key=lambda pair: pair[1].place.row)
+        groups.append(_group(arena, found, device))
+    return groups, chunks
 
 
 def _group(arena: int, found: list[tuple[int, Row]], device: torch.device) -> DecodeGroup:

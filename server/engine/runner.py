@@ -67,10 +67,19 @@ class Runner:
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; answers in the order of `batch.rows`."""
         self.carry_out(batch.operations)
-        packed = _pack(batch.rows)
+        packed = _pack(self._arrange(batch.rows))
         logits = self._forward(packed)
         found = _read(logits, packed.logits)
         return [found.get(id(row), Sampled()) for row in batch.rows]
+
+    def _arrange(self, rows: Ordered[Row]) -> list[Row]:
+        """Rows in the order of their cache rows, or, where adapters are on, in theirs."""
+        ordered = sorted(rows, key=lambda row: (row.place.arena, row.place.row))
+        if self._injection is None:
+            return ordered
+        adapters = [row.sequence.request.adapter for row in ordered]
+        order = self._injection.arrange(adapters, [row.count for row in ordered])
+        return [ordered[i] for i in order]
 
     def _forward(self, packed: Packed) -> Tensor:
         step = StepAttention(packed.rows, self.store, self.device)
@@ -95,10 +104,8 @@ class Runner:
 
 
 def _pack(rows: Ordered[Row]) -> Packed:
-    """Decoding rows first, in the order of their cache rows, so that attention needs no gather."""
-    ordered = sorted(rows, key=lambda r: (r.count > 1, r.place.arena, r.place.row))
-    packed = Packed(ordered)
-    for row in ordered:
+    packed = Packed(list(rows))
+    for row in rows:
         first = len(packed.ids)
         packed.ids += row.sequence.tokens[row.start : row.stop]
         packed.positions += range(row.start, row.stop)

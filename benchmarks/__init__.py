@@ -1,0 +1,1 @@
+"""Measurements. Each module is a command; RESULTS.md keeps what they printed."""

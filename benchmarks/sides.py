@@ -1,0 +1,141 @@
+"""The systems under comparison, each as a callable that answers a list of requests."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PolyConfig, get_peft_model
+from torch import Tensor
+
+from benchmarks.workload import Work
+from polyhead.adapters.costs import measure_costs
+from polyhead.adapters.inject import find_modules, inject
+from polyhead.adapters.inventory import BackboneRef, Inventory
+from polyhead.adapters.plan import RoutedTask
+from polyhead.server.engine.engine import Engine
+from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.loading import load_backbone
+from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
+from polyhead.server.engine.runner import Runner
+from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
+from polyhead.server.engine.tokenizer import Tokenizer
+
+HEADS = SKILLS = RANK = 8
+CPU = torch.device("cpu")
+Side = Callable[[Sequence[Work]], None]
+
+
+class EngineSide:
+    """Polyhead's engine, driven in process. routed=False leaves the backbone bare."""
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, *, routed: bool, seats: int, step_tokens: int = 128
+    ) -> None:
+        model = load_backbone(str(folder), dtype, CPU)
+        self._injection = None
+        if routed:
+            modules = find_modules(model, heads=HEADS)
+            reference = BackboneRef.of(model, folder.name)
+            inventory = Inventory.random(
+                reference, modules, heads=HEADS, skills=SKILLS, rank=RANK, std=0.01
+            )
+            self._injection = inject(model, inventory)
+            slots = self._injection.slots
+            self._injection.planner.costs = measure_costs([slot.group for slot in slots])
+        self._tasks: list[RoutedTask] = []
+        space = KVSpace(65536, 2048)
+        self.engine = Engine(
+            Runner(model, self._injection, space.capacities),
+            Scheduler(SchedulerConfig(seats, max(seats, step_tokens)), space),
+            Tokenizer.load(folder),
+            self._receive,
+        )
+        self._changed = threading.Condition()
+        self._left = 0
+        self.engine.start()
+
+    def __call__(self, work: Sequence[Work]) -> None:
+        tasks = [self._task(item.task) for item in work]
+        with self._changed:
+            self._left = len(work)
+        for number, (item, task) in enumerate(zip(work, tasks, strict=True)):
+            params = SamplingParams(max_tokens=item.new_tokens, ignore_eos=True)
+            name = f"task-{item.task}"
+            self.engine.submit(Request(f"r{number}", name, name, item.prompt, task, params))
+        with self._changed:
+            self._changed.wait_for(lambda: self._left == 0)
+
+    def _task(self, number: int) -> RoutedTask | None:
+        if self._injection is None:
+            return None
+        while len(self._tasks) <= number:
+            key = len(self._tasks)
+            generator = torch.Generator().manual_seed(key)
+            shape = (self._injection.count, HEADS, SKILLS)
+            logits = torch.randn(shape, generator=generator)
+            self._tasks.append(RoutedTask(str(key), torch.softmax(logits, -1)))
+        return self._tasks[number]
+
+    def _receive(self, events: list[Event]) -> None:
+        failed = [event for event in events if isinstance(event, Failure)]
+        assert not failed, failed
+        ended = sum(1 for e in events if isinstance(e, Output) and e.finish_reason)
+        with self._changed:
+            self._left -= ended
+            self._changed.notify_all()
+
+
+def generate_model(folder: Path, dtype: torch.dtype, poly_tasks: int = 0) -> Any:
+    """The backbone for `GenerateSide`; poly_tasks > 0 wraps it in PEFT's Poly layers."""
+    model: Any = load_backbone(str(folder), dtype, CPU)
+    if not poly_tasks:
+        return model
+    config = PolyConfig(
+        r=RANK,
+        n_tasks=poly_tasks,
+        n_skills=SKILLS,
+        n_splits=HEADS,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config).to(dtype).eval()
+
+
+class GenerateSide:
+    """transformers' `generate` over left-padded batches, in order of arrival."""
+
+    def __init__(self, model: Any, *, batch: int) -> None:
+        self._model = model
+        self._poly = hasattr(model, "peft_config")
+        self._batch = batch
+
+    @torch.inference_mode()
+    def __call__(self, work: Sequence[Work]) -> None:
+        for start in range(0, len(work), self._batch):
+            self._answer(work[start : start + self._batch])
+
+    def _answer(self, work: Sequence[Work]) -> None:
+        ids, mask = _left_pad([item.prompt for item in work])
+        extra = {"task_ids": torch.tensor([item.task for item in work])} if self._poly else {}
+        longest = max(item.new_tokens for item in work)
+        self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=0,
+            **extra,
+        )
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
