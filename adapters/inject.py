@@ -126,11 +126,12 @@ def inject(
 
 def _find_layers(model: PreTrainedModel, inventory: Inventory) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, RoutedLinear):  # even elsewhere: a plan is made for one injection
+            raise InjectionError("an inventory is already injected", field=name)
     found: dict[str, nn.Module] = {}
     for wanted in inventory.header.modules:
         module = modules.get(wanted.name)
-        if isinstance(module, RoutedLinear):
-            raise InjectionError("an inventory is already injected", field=wanted.name)
         shape = None if module is None else linear_shape(module)
         if module is None or shape != (wanted.in_features, wanted.out_features):
             raise InjectionError(

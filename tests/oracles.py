@@ -51,5 +51,5 @@ def merged(model: PreTrainedModel, inventory: Inventory, adapter: Adapter) -> Pr
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """`|found - expected| / |expected|` in the Euclidean norm, in float64."""
-    expected = expected.double()
-    return float((found.double() - expected).norm() / expected.norm())
+    expected = expected.detach().double()
+    return float((found.detach().double() - expected).norm() / expected.norm())
