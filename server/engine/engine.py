@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polyhead.server.engine.answers import Answers
 from polyhead.server.engine.batch import Batch
@@ -142,12 +142,18 @@ class Engine:
             self._publish(self._answers.abort_all())
         except BaseException as exc:  # the thread's last act is to say why it ends
             logger.critical("the engine has died", exc_info=exc)
-            with self._wake:
-                self._death = exc
-            lost = {request.id for request in self._inbox} | self._answers.open_requests
+            self._die(exc)
+
+    def _die(self, cause: BaseException) -> None:
+        with self._wake:
+            self._death = cause
+        lost = {request.id for request in self._inbox} | self._answers.open_requests
+        try:
             self._publish([Failure(request_id, "the engine has died") for request_id in lost])
-            if self._on_death is not None:
-                self._on_death(exc)
+        except Exception:  # publishing may be what it died of
+            logger.exception("%d requests could not be told", len(lost))
+        if self._on_death is not None:
+            self._on_death(cause)
 
     def _wait_for_work(self) -> bool:
         """Take in what was submitted and aborted. False when it is time to stop."""
@@ -156,12 +162,12 @@ class Engine:
         with self._wake:
             while not (self._inbox or self._aborted or self._stopping or self._busy()):
                 self._wake.wait()
-            arrived = list(self._inbox)
+            for request in self._inbox:
+                for sequence in self._answers.open(request):
+                    self._scheduler.add(sequence)
             self._inbox.clear()
+            self._count()  # under the lock: at no moment is a request counted nowhere
             aborted, self._aborted = self._aborted, set()
-        for request in arrived:
-            for sequence in self._answers.open(request):
-                self._scheduler.add(sequence)
         events = self._answers.abort(aborted) + self._answers.expire(time.monotonic())
         self._retire(events)
         return not self._stopping
@@ -174,7 +180,7 @@ class Engine:
         started = time.monotonic()
         batch = self._scheduler.schedule()
         if batch is None:
-            self._note(0, 0.0)
+            self._count()
             return
         try:
             sampled = self._runner.run(batch)
@@ -184,8 +190,13 @@ class Engine:
             return
         self._scheduler.advance(batch)
         self._retire(self._answers.take(batch, sampled))
-        tasks = len({row.sequence.request.task for row in batch.rows})
-        self._note(tasks, time.monotonic() - started)
+        self._stats = replace(
+            self._stats,
+            steps=self._stats.steps + 1,
+            step_tasks=len({row.sequence.request.task for row in batch.rows}),
+            step_seconds=time.monotonic() - started,
+        )
+        self._count()
 
     def _fail(self, batch: Batch, exc: Exception) -> None:
         """End the requests of a failed step; the others compute their tokens anew."""
@@ -194,7 +205,8 @@ class Engine:
         self._runner.reset()
         lost = {row.sequence.request.id for row in batch.rows}
         self._retire(self._answers.fail(lost, f"{type(exc).__name__}: {exc}"))
-        self._note(0, 0.0, failed=1)
+        self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
+        self._count()
 
     def _retire(self, events: list[Event]) -> None:
         for sequence in self._answers.finished():
@@ -202,18 +214,13 @@ class Engine:
         if events:
             self._publish(events)
 
-    def _note(self, tasks: int, seconds: float, failed: int = 0) -> None:
-        old = self._stats
+    def _count(self) -> None:
         scheduler = self._scheduler
-        self._stats = EngineStats(
+        self._stats = replace(
+            self._stats,
             running=len(scheduler.running),
             waiting=len(scheduler.line),
             requests=len(self._answers.open_requests),
             kv_used_tokens=scheduler.space.used,
-            kv_capacity_tokens=scheduler.space.budget,
-            steps=old.steps + (tasks > 0),
             preemptions=scheduler.preemptions,
-            failed_steps=old.failed_steps + failed,
-            step_tasks=tasks,
-            step_seconds=seconds,
         )

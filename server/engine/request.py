@@ -1,7 +1,6 @@
 """What enters the engine and what leaves it. No torch, no HTTP."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -93,5 +92,6 @@ Event = Output | Failure
 
 def total_length(request: Request) -> int:
     """Most tokens that one of this request's sequences can come to hold."""
-    longest: Sequence[int] = max(request.continuations, key=len, default=())
-    return len(request.prompt) + max(len(longest), request.params.max_tokens)
+    if request.continuations:
+        return len(request.prompt) + max(map(len, request.continuations))
+    return len(request.prompt) + request.params.max_tokens
