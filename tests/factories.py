@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -46,6 +48,8 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
         model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**{**ROPE, **extra}))
     elif family == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**{**ROPE, **extra}))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**{**ROPE, **extra}))
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**{**ROPE, "head_dim": 16, **extra}))
     else:
