@@ -53,7 +53,7 @@ def settings_for(folder: Path, data_dir: Path, **changes: Any) -> Settings:
         "dtype": "float32",
         "threads": 1,
         "kv_cache_tokens": 65536,
-        "drain_seconds": 5.0,
+        "drain_seconds": 30.0,
     }
     return Settings(**{**values, **changes})
 
@@ -80,10 +80,11 @@ class LiveServer:
     def start(self, **body: Any) -> "concurrent.futures.Future[httpx.Response]":
         """`POST /generate` in a thread, once the engine has taken it in."""
         whole = {"task": "amber", "prompt": "hello", "ignore_eos": True} | body
-        before = self.running()
+        before = self.service.bridge.waiting
         pool = concurrent.futures.ThreadPoolExecutor(1)
         answer = pool.submit(httpx.post, f"{self.url}/generate", json=whole, timeout=60)
         pool.shutdown(wait=False)
+        self.eventually(lambda: self.service.bridge.waiting > before or answer.done())
         self.eventually(lambda: self.running() > before or answer.done())
         return answer
 
@@ -122,4 +123,4 @@ def serving(settings: Settings) -> Iterator[LiveServer]:
                 yield live
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)

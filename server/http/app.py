@@ -12,6 +12,7 @@ from polyhead.server.config import Settings
 from polyhead.server.engine.loading import Loaded
 from polyhead.server.http import generate, health, inventory, problems, score, tasks
 from polyhead.server.http.admission import Admission
+from polyhead.server.http.answerers import Answerers
 from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
 from polyhead.server.http.limits import BodyLimit
@@ -49,6 +50,7 @@ def create_app(
         title="Polyhead",
         version=version("polyhead"),
         lifespan=lifespan,
+        redirect_slashes=False,
         # Their pages would load scripts from elsewhere; /openapi.json stays.
         docs_url=None,
         redoc_url=None,
@@ -66,12 +68,11 @@ def _service(
     settings: Settings, loaded: Loaded, registry: Registry, bridge: Bridge, metrics: Metrics
 ) -> Service:
     embeddings: Any = loaded.model.get_input_embeddings()
-    layout = loaded.inventory.layout
+    catalogue = Catalogue(registry, loaded.inventory.layout, settings.task_cache_bytes)
     admission = Admission(
         settings=settings,
         tokenizer=loaded.tokenizer,
-        catalogue=Catalogue(registry, layout, settings.task_cache_bytes),
-        inventory=loaded.inventory,
+        answerers=Answerers(catalogue, loaded.inventory, settings.max_mixture),
         max_context=loaded.max_context,
         vocabulary=min(embeddings.num_embeddings, loaded.tokenizer.vocab_size),
     )

@@ -110,9 +110,9 @@ class Bridge:
         self.death: BaseException | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether somebody still waits for an answer."""
-        return bool(self._answers)
+    def waiting(self) -> int:
+        """How many calls wait for the rest of their answer."""
+        return len(self._answers)
 
     def publish(self, events: list[Event]) -> None:
         """All events of one step: one wake-up of the loop, however many requests it serves."""

@@ -12,8 +12,9 @@ from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
-from polyhead.server.http.admission import check_sampling, from_base64, read_routing
+from polyhead.server.http.answerers import read_routing
 from polyhead.server.http.bodies import Pool, json_body, takes
+from polyhead.server.http.checks import check_sampling, from_base64
 from polyhead.server.http.errors import FieldError, InvalidValue, MalformedBody
 from polyhead.server.http.limits import JSON, MULTIPART, content_type
 from polyhead.server.http.schemas import TaskBody, TaskFields

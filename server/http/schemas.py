@@ -150,7 +150,7 @@ class Asking(Body):
     """Who answers (one of `task`, `mixture`, `routing`) and what is asked (one of the rest)."""
 
     task: TaskId | None = None
-    mixture: dict[TaskId, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
+    mixture: dict[TaskId, Annotated[float, Field(gt=0, le=1e6)]] | None = Field(None, min_length=1)
     routing: RoutingBody | None = None
     prompt: TextOrIds | None = None
     input: str | None = None

@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         end = time.monotonic() + self._drain_seconds
         try:
             await asyncio.to_thread(service.engine.drain, self._drain_seconds)
-            while service.bridge.busy and time.monotonic() < end:
+            while service.bridge.waiting and time.monotonic() < end:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(service.engine.stop)  # aborts, and so answers, what is left
         finally:

@@ -11,7 +11,7 @@ from polyhead.server.engine.errors import EngineDead, EngineDraining, EngineErro
 from polyhead.server.engine.tokenizer import Tokenizer
 from polyhead.server.http.admission import Admission
 from polyhead.server.http.bodies import Pool
-from polyhead.server.http.bridge import Bridge
+from polyhead.server.http.bridge import ENGINE_STOPPED, Bridge
 from polyhead.server.metrics import Load, Metrics
 from polyhead.server.tasks.registry import Registry
 
@@ -38,10 +38,12 @@ class Service:
 
     def why_not_ready(self) -> EngineError | None:
         """What a request would be refused with right now, whatever it asks."""
-        if self.bridge.death is not None or not self.engine.alive:
-            return EngineDead("the engine has stopped")
+        if self.bridge.death is not None:
+            return EngineDead(ENGINE_STOPPED)
         if self.engine.draining:
             return EngineDraining("the server is shutting down")
+        if not self.engine.alive:
+            return EngineDead(ENGINE_STOPPED)
         return None
 
 

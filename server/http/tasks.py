@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from polyhead.adapters.routing import Routing
 from polyhead.server.engine.request import BASE_TASK
-from polyhead.server.http.admission import unknown_task
 from polyhead.server.http.bodies import json_body, takes
+from polyhead.server.http.checks import unknown_task
 from polyhead.server.http.errors import InvalidValue, shown
 from polyhead.server.http.registering import (
     Registration,
