@@ -4,7 +4,7 @@ from factories import byte_tokenizer
 
 from polyhead.server.engine.answers import Answers
 from polyhead.server.engine.batch import Batch, Row, Sampled
-from polyhead.server.engine.kv_space import KVSpace, Resize
+from polyhead.server.engine.kv_space import Clear, KVSpace, Resize
 from polyhead.server.engine.request import Event, Output, Request, SamplingParams, TokenLogprob
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
 from polyhead.server.engine.tokenizer import Tokenizer
@@ -107,6 +107,9 @@ class World:
                 while len(rows) < move.rows:
                     rows.append([None] * capacity)
                 self.arenas[move.arena] = rows
+            elif isinstance(move, Clear):
+                row = self.arenas[move.place.arena][move.place.row]
+                row[move.start :] = [None] * len(row[move.start :])
             else:
                 source = self.arenas[move.source.arena][move.source.row][: move.length]
                 self.arenas[move.target.arena][move.target.row][: move.length] = source

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
-from polyhead.server.engine.kv_space import Copy, KVOperation, Resize
+from polyhead.server.engine.kv_space import Clear, Copy, KVOperation, Resize
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,15 @@ class KVStore:
         return sum(t.nbytes for side in (self.keys, self.values) for layer in side for t in layer)
 
     def carry_out(self, operations: Ordered[KVOperation]) -> None:
-        """Resize arenas and copy rows, in the order given."""
+        """Resize arenas, copy and clear rows, in the order given."""
         for operation in operations:
             for side in (self.keys, self.values):
                 for layer in side:
                     if isinstance(operation, Resize):
                         _resize(layer, operation)
+                    elif isinstance(operation, Clear):
+                        place = operation.place
+                        layer[place.arena][place.row, :, operation.start :] = 0
                     else:
                         _copy(layer, operation)
 

@@ -32,6 +32,15 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Clear:
+    """Zero a row's tokens from `start` on. Attention masks what lies behind a sequence's end, but
+    a NaN or an infinity that a former owner left there would come through any mask."""
+
+    place: "Place"
+    start: int
+
+
+@dataclass(frozen=True)
 class Place:
     """A row: the arena and the row's index in it."""
 
@@ -39,7 +48,7 @@ class Place:
     row: int
 
 
-KVOperation = Resize | Copy
+KVOperation = Resize | Copy | Clear
 
 
 def row_capacities(longest: int) -> list[int]:
@@ -129,6 +138,7 @@ class KVSpace:
             return False
         self._owners[arena].append(owner)
         self._places[owner] = Place(arena, len(self._owners[arena]) - 1)
+        self._operations.append(Clear(self._places[owner], 0))
         return True
 
     def _grow(self, arena: int) -> bool:
@@ -162,7 +172,8 @@ class KVSpace:
             source = Place(hole.arena, len(owners))
             owners[hole.row] = last
             self._places[last] = hole
-            self._record_copy(source, hole, self._lengths.get(last, 0))
+            self._record_copy(source, hole, self._lengths[last])
+            self._operations.append(Clear(hole, self._lengths[last]))
         if len(owners) * 4 <= self._rows[hole.arena]:
             self._resize(hole.arena, len(owners) * 2)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import Collector, make_engine, random_task
+from factories import Collector, make_engine, random_private, random_task
 from transformers import PreTrainedModel
 
 from polyhead.adapters.inject import Injection
@@ -275,6 +275,33 @@ def test_a_running_request_outside_the_failed_step_goes_on(
     for index in range(3):
         assert collector.tokens(shared, index) == bare(shared)
     assert engine.stats().failed_steps == 1
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(20), SamplingParams(20, 1.0, top_p=0.9)], ids=["greedy", "drawn"]
+)
+def test_a_task_that_overflows_spoils_no_other(
+    build: Build,
+    collector: Collector,
+    injection: Injection,
+    bare: Callable[[Request], list[int]],
+    params: SamplingParams,
+) -> None:
+    """What it leaves behind in the cache is in rows that others get next."""
+    engine = build(max_running=4)
+    huge = random_private(injection.inventory, 1, std=1e25)
+    # These keep the memory in use. The short one comes to the row of the overflowing one, where
+    # it is attended to as far as the long one's reaches.
+    keeper, long = ask("k", answer=300), ask("l", prompt=90, answer=200)
+    overflowing = ask("o", prompt=100, params=params, adapter=huge)
+    short = ask("s", prompt=3, answer=20)
+    for request in (keeper, long, overflowing):
+        engine.submit(request)
+    engine.start()
+    collector.wait(overflowing)
+    engine.submit(short)
+    for request in (keeper, long, short):
+        assert collector.tokens(request) == bare(request)
 
 
 def test_a_dead_engine_says_so(
