@@ -106,22 +106,37 @@ def test_a_failed_step_costs_its_own_requests_only(own: LiveServer) -> None:
     assert own.client.get("/health/ready").status_code == 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_adapter_that_overflows_is_told_so(own: LiveServer, stream: bool) -> None:
-    module = own.service.inventory.header.modules[-1]
+def register_overflowing(own: LiveServer, module: int) -> None:
+    """A task `large` whose outputs of one module are beyond float32."""
+    shape = own.service.inventory.header.modules[module]
     tensors = {
-        f"{module.name}.A": torch.full((module.in_features, 1), 1e30),
-        f"{module.name}.B": torch.full((1, module.out_features), 1e30),
+        f"{shape.name}.A": torch.full((shape.in_features, 1), 1e30),
+        f"{shape.name}.B": torch.full((1, shape.out_features), 1e30),
     }
     file = base64.b64encode(save(tensors)).decode()
     task = {"id": "large", "private_adapter": {"safetensors": file}}
     assert own.client.post("/tasks", json=task).status_code == 201
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adapter_that_overflows_is_told_so(own: LiveServer, stream: bool) -> None:
+    register_overflowing(own, module=-1)
     body = {"task": "large", "prompt": "hello", "max_tokens": 2, "stream": stream}
     answer = own.client.post("/generate", json={**body, "logprobs": 1})
     assert (answer.status_code, answer.json()["code"]) == (500, "generation_failed")
     assert "not finite" in answer.json()["detail"]
     scores = {"task": "large", "prompt": "hello", "choices": ["a"]}
     assert own.client.post("/score", json=scores).json()["code"] == "generation_failed"
+
+
+def test_an_adapter_that_overflows_harms_nobody_else(own: LiveServer) -> None:
+    expected = own.generate(max_tokens=300)["choices"]
+    register_overflowing(own, module=2)
+    running = own.start(max_tokens=300)
+    for _ in range(3):
+        own.generate(task="large", prompt="x" * 200, max_tokens=60, n=4, temperature=1.0)
+    assert running.result().json()["choices"] == expected
+    assert own.generate(max_tokens=300)["choices"] == expected
 
 
 def test_an_error_after_the_first_byte_is_an_event(own: LiveServer) -> None:
