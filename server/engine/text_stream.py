@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
+
+UNFINISHED = "\ufffd"
+"""What a decoder gives for bytes that are no character, or not yet."""
+LONGEST_WAIT = 64
+"""Tokens that may be held back for a character's end. Only bytes that are no text take so many."""
 
 
 class TextStream:
@@ -15,14 +19,15 @@ class TextStream:
 
     def __init__(self, tokenizer: FastTokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._context: list[int] = []  # decoded last: some decoders look at the token before
+        self._fresh: list[int] = []  # not decoded into whole characters yet
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that this token releases. Sets `stopped` when a stop string is complete."""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        self._held += self._decode(token)
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -37,6 +42,29 @@ class TextStream:
         """What was held back for a stop string that never came. Half a character stays out."""
         text, self._held = self._held, ""
         return text
+
+    def _decode(self, token: int) -> str:
+        """Whole characters that this token completes.
+
+        tokenizers' own `DecodeStream` raises where later bytes change what earlier ones meant, as
+        with byte fallback; here a text that was handed out stands, and the rest is decoded alone.
+        """
+        self._fresh.append(token)
+        before = self._text(self._context)
+        text = self._text(self._context + self._fresh)
+        if text.endswith(UNFINISHED) and len(self._fresh) < LONGEST_WAIT:
+            return ""
+        consistent = text.startswith(before)
+        new = text[len(before) :] if consistent else self._text(self._fresh)
+        if new:
+            self._context = self._fresh
+        elif len(self._context) < LONGEST_WAIT:  # silent so far, but the next may depend on it
+            self._context = self._context + self._fresh
+        self._fresh = []
+        return new
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,8 +5,9 @@ from factories import byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models
 
-from polyhead.server.engine.text_stream import TextStream
+from polyhead.server.engine.text_stream import LONGEST_WAIT, TextStream
 
 TOKENIZER: FastTokenizer = byte_tokenizer().backend_tokenizer
 LOST = "\ufffd"
@@ -14,6 +15,21 @@ text = st.one_of(
     st.text(max_size=40),
     st.text(st.sampled_from("aé漢字🙂👩‍👩‍👧🇫🇷e\u0301\u0302 \n"), max_size=30),
 )
+
+
+def byte_fallback() -> FastTokenizer:
+    """As of Llama 2, Mistral and Gemma: words with a space mark, and bytes for all the rest."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    words += ["▁", "▁a", "b", "▁the", "é", "漢", "🙂", "▁▁"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    fast = FastTokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    fast.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    fast.add_special_tokens(["<s>", "</s>"])
+    return fast
+
+
+FALLBACK = byte_fallback()
 
 
 def ids_of(written: str) -> list[int]:
@@ -54,6 +70,37 @@ def test_any_tokens_at_all_can_be_shown(ids: list[int]) -> None:
     joined = "".join(out)
     assert whole.startswith(joined)
     assert set(whole[len(joined) :]) <= {LOST}
+
+
+def joined(tokenizer: FastTokenizer, ids: list[int]) -> str:
+    stream = TextStream(tokenizer)
+    return "".join([*(stream.push(token) for token in ids), stream.flush()])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.integers(0, FALLBACK.get_vocab_size() + 2), max_size=40))
+@example([3 + ord("T"), 3 + 0xE9, 3 + 0xE9, 261])
+def test_bytes_that_take_their_meaning_back_stop_nothing(ids: list[int]) -> None:
+    """With byte fallback one wrong byte unmakes the right ones before it."""
+    assert joined(FALLBACK, [*ids, 261]).endswith("b")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.one_of(st.integers(259, 266), st.just(1), text), max_size=12))
+def test_with_byte_fallback_whole_characters_join_to_the_whole_text(
+    parts: list[int | str],
+) -> None:
+    ids: list[int] = []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else [3 + byte for byte in part.encode()]
+    whole = FALLBACK.decode(ids, skip_special_tokens=True)
+    assert joined(FALLBACK, ids).rstrip(LOST) == whole.rstrip(LOST)
+
+
+def test_endless_garbage_is_shown_after_a_while() -> None:
+    stream = TextStream(TOKENIZER)
+    said = [stream.push(255) for _ in range(3 * LONGEST_WAIT)]
+    assert [len(piece) for piece in said if piece] == [LONGEST_WAIT] * 3
 
 
 @settings(deadline=None)
