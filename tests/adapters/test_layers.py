@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import COMBINED, FACTORED, distance
@@ -100,13 +102,17 @@ class TestSharedInput:
             return [group.layers[g](x) for g, x in calls]
 
     def test_each_layer_has_its_own_delta(self, costs: FormCosts) -> None:
+        """Of its own width and its own part of each task's routing, whoever is called first."""
         group = Group(nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 4), Conv1D(12, WIDTH), costs=costs)
-        task, x = group.task(1), inputs(3)
+        tasks, x = [group.task(1), group.task(2)], inputs(5)
         for order in ([0, 1, 2], [2, 0, 1], [1]):
-            plan = group.planner.build([task], [3])
+            plan = group.planner.build(tasks, [3, 2])
             found = self.run(group, plan, [(g, x) for g in order])
             for g, y in zip(order, found, strict=True):
-                assert distance(y, group.expected(g, x, task)) < EXACT
+                for task, rows in zip(tasks, (slice(0, 3), slice(3, 5)), strict=True):
+                    assert distance(y[rows], group.expected(g, x[rows], task)) < EXACT
+                    shuffled = replace(task, weights=task.weights.roll(1, 0))
+                    assert distance(y[rows], group.expected(g, x[rows], shuffled)) > 0.1
 
     def test_another_input_is_never_taken_for_the_one_before(self, costs: FormCosts) -> None:
         group = Group(nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), costs=costs)

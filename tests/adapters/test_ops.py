@@ -194,28 +194,3 @@ def test_averaging_products_is_another_function() -> None:
         found = ops.factored(o.x, o.a, o.b, weights, torch.arange(24), 1.0)
         far = distance(products, found)
         assert far < 1e-5 if same else far > WRONG
-
-
-def test_modules_of_one_group_keep_their_own_weights_and_widths() -> None:
-    """q, k and v are shrunk together; k and v are narrower, and each has a routing of its own."""
-    generator = torch.Generator().manual_seed(0)
-    heads, skills, rank, tokens, widths = 4, 3, 2, 6, (5, 2, 1)
-    a = [torch.randn(heads, skills, 4, rank, generator=generator) for _ in widths]
-    b = [torch.randn(heads, skills, rank, width, generator=generator) for width in widths]
-    x = torch.randn(tokens, heads * 4, generator=generator)
-    weights = torch.rand(tokens, len(widths), heads, skills, generator=generator)
-    group = ops.SkillGroup.pack(a, b, 0.5, torch.float32)
-    hidden = ops.factored_shrink(x, group, ops.spread(weights, rank))
-    for g, width in enumerate(widths):
-        base = torch.randn(tokens, heads * width, generator=generator)
-        y = base.clone()
-        ops.factored_expand(y, hidden, group, g)
-        expected = ops.reference(x, a[g], b[g], weights[:, g], 0.5)
-        assert distance(y - base, expected) < 1e-5
-        wrong = ops.reference(x, a[g], b[g], weights[:, g - 1], 0.5)
-        assert distance(y - base, wrong) > WRONG
-        for token in range(tokens):
-            part = base[token : token + 1].clone()
-            factors = ops.fold_factors(group, weights[token])
-            ops.combined_expand(part, ops.combined_shrink(x[[token]], factors), factors, g)
-            assert distance(part - base[[token]], expected[[token]]) < 1e-5

@@ -123,7 +123,7 @@ def alone(model: PreTrainedModel, row: Row) -> Tensor:
 
 
 EVERYTHING = (
-    "task-0*3 private*2 task-1*1 base*4 inline*6 task-0*1 uneven*5 mixture*2 "
+    "task-0*3 private*2 task-1*1 base*4 inline*20 task-0*1 uneven*5 mixture*2 "
     "private*1 task-1*3 base*1 no_skill*2 task-2*1 task-0*2"
 )
 SPARSE = "task-0*1 base*9 task-1*1 private*8 task-0*2"
@@ -190,7 +190,7 @@ class TestMixedBatch:
         draw = random.Random(0)
         for step in range(12):
             names = draw.choices(list(b.adapters), k=draw.randint(1, 9))
-            rows = rows_of(" ".join(f"{a}*{draw.choice([1, 1, 2, 5])}" for a in names), step)
+            rows = rows_of(" ".join(f"{a}*{draw.choice([1, 1, 2, 5, 20])}" for a in names), step)
             adapters = [b.adapters[name] for name in names]
             with use_plan(injection.plan(adapters, [len(row.ids) for row in rows])):
                 found = packed_logits(model, rows)
