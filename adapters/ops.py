@@ -66,18 +66,29 @@ def spread(weights: Tensor, rank: int) -> Tensor:
     return moved.expand(*moved.shape[:-1], rank).flatten(-3)
 
 
-def factored_shrink(x: Tensor, group: SkillGroup, spread_weights: Tensor) -> Tensor:
+Pieces = Sequence[tuple[slice, slice]]
+"""Which rows of weights belong to which tokens: equally many, or one row for all of them."""
+
+
+def factored_shrink(x: Tensor, group: SkillGroup, spread_weights: Tensor, pieces: Pieces) -> Tensor:
     """First half of the factored form, for all modules of a group at once.
 
-    x `[N, I]`; spread_weights `[N, H, G*S*r]` float32 (see `spread`); answers `[H, N, G*S*r]`:
-    the mixed low-rank activations, already multiplied by the weights that the expand needs.
+    x `[N, I]`; spread_weights `[n, H, G*S*r]` float32 (see `spread`); pieces cover the N tokens
+    in order. Answers `[H, N, G*S*r]`: the mixed low-rank activations, already multiplied by the
+    weights that the expand needs.
     """
-    n = x.shape[0]
-    by_head = spread_weights.transpose(0, 1)  # [H, N, G*S*r]
-    u = torch.bmm(x.view(n, group.heads, -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
-    summed = (u * by_head).sum(0)  # over heads: [N, G*S*r], float32
+    tokens = x.shape[0]
+    weights = spread_weights.transpose(0, 1)  # [H, n, G*S*r]
+    u = torch.bmm(x.view(tokens, group.heads, -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
+    summed = _weigh(u, weights, pieces).sum(0)  # over heads: [N, G*S*r], float32
     v = summed.view(-1, group.columns) @ group.summing  # over skills: [N*G, S*r]
-    return (v.view(1, n, -1) * by_head).to(x.dtype)
+    return _weigh(v.view(1, tokens, -1), weights, pieces).to(x.dtype)
+
+
+def _weigh(values: Tensor, weights: Tensor, pieces: Pieces) -> Tensor:
+    """Each token's values times its row of weights."""
+    parts = [values[:, tokens] * weights[:, rows] for tokens, rows in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def factored_expand(y: Tensor, hidden: Tensor, group: SkillGroup, g: int) -> None:
@@ -144,7 +155,8 @@ def factored(
     group = SkillGroup.pack([a], [b], scaling, x.dtype)
     per_token = spread(weights.float()[task_of_token].unsqueeze(1), group.rank)
     y = x.new_zeros(x.shape[0], b.shape[0] * b.shape[3])
-    factored_expand(y, factored_shrink(x, group, per_token), group, 0)
+    everything = [(slice(0, len(x)), slice(0, len(x)))]
+    factored_expand(y, factored_shrink(x, group, per_token, everything), group, 0)
     return y
 
 

@@ -40,6 +40,7 @@ class FactoredPart:
 
     tokens: Tokens
     weights: Tensor  # [n, H, M*S*r] float32; zero rows leave a token bare
+    pieces: ops.Pieces  # which rows of the weights belong to which of these tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +91,12 @@ class Plan:
         flat = x.reshape(-1, x.shape[-1])
         hidden: list[Tensor | None] = [None]
         if self.factored is not None:
-            weights = self.factored.weights[:, :, slot.columns]
-            hidden[0] = ops.factored_shrink(flat[self.factored.tokens], slot.group, weights)
-        for part in self.combined:
-            factors = part.factors[slot.index]
-            shrunk = None if factors is None else ops.combined_shrink(flat[part.tokens], factors)
+            part = self.factored
+            weights, own = part.weights[:, :, slot.columns], flat[part.tokens]
+            hidden[0] = ops.factored_shrink(own, slot.group, weights, part.pieces)
+        for task in self.combined:
+            factors = task.factors[slot.index]
+            shrunk = None if factors is None else ops.combined_shrink(flat[task.tokens], factors)
             hidden.append(shrunk)
         self._memo = (slot, x, hidden)
         return hidden

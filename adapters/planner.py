@@ -2,7 +2,7 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from itertools import repeat
+from itertools import groupby, repeat
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from polyhead.adapters.plan import (
 )
 from polyhead.adapters.private import PrivateAdapter
 
+LONG_RUN = 16
+"""Adjacent tokens of one task from which they share a row of weights: shorter runs would cost
+more in separate products than they save in memory."""
+
 
 class WeightBoard:
-    """Spread routing weights of the factored tokens, one row a token, kept between steps.
+    """Spread routing weights of the factored tokens, kept between steps.
 
     A decode step's rows are mostly those of the step before: only rows that changed are written.
     """
@@ -145,11 +149,13 @@ class Planner:
         span = range(positions[0], positions[-1] + 1)
         if len(span) <= 2 * len(positions):
             positions = list(span)  # zero rows for a few others cost less than gathering
-        rows = [tokens[p] for p in positions]
-        tasks = [a if isinstance(a, RoutedTask) and a.key not in combined else None for a in rows]
+        own = [tokens[p] for p in positions]
+        tasks = [a if isinstance(a, RoutedTask) and a.key not in combined else None for a in own]
+        rows, pieces = _share_rows(tasks)
         if self._on_board is not None:
             self._on_board.stale = True
-        return FactoredPart(_tokens(positions, self._device), self._board.update(tasks))
+        weights = self._board.update(rows)
+        return FactoredPart(_tokens(positions, self._device), weights, pieces)
 
     def _resident(self, key: str, adapter: Adapter) -> Sequence[ops.Factors | None]:
         factors = self._factors.get(key)
@@ -188,6 +194,36 @@ class Planner:
                 return
             if key not in keep:
                 self._factor_bytes -= _nbytes(self._factors.pop(key))
+
+
+def _share_rows(
+    tasks: Sequence[RoutedTask | None],
+) -> tuple[list[RoutedTask | None], list[tuple[slice, slice]]]:
+    """One row of weights for a long run of tokens of one task, a row a token for the others."""
+    rows: list[RoutedTask | None] = []
+    pieces: list[tuple[slice, slice]] = []
+    single = 0  # tokens since the last long run
+    start = 0
+    for _, found in groupby(tasks, key=adapter_key):
+        run = list(found)
+        stop = start + len(run)
+        if len(run) >= LONG_RUN:
+            if single:
+                pieces.append(_ending(start, len(rows), single))
+                single = 0
+            rows.append(run[0])
+            pieces.append((slice(start, stop), slice(len(rows) - 1, len(rows))))
+        else:
+            rows += run
+            single += len(run)
+        start = stop
+    if single:
+        pieces.append(_ending(start, len(rows), single))
+    return rows, pieces
+
+
+def _ending(token: int, row: int, length: int) -> tuple[slice, slice]:
+    return slice(token - length, token), slice(row - length, row)
 
 
 def _tokens(positions: list[int], device: torch.device) -> Tokens:
