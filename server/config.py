@@ -1,4 +1,4 @@
-"""Every setting of the server, in one class: flags, environment and file all end up here."""
+"""Every setting of the server, in one class: flags and environment variables end up here."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,18 +8,30 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Frozen configuration of one server process. Environment: `POLYHEAD_<NAME>`."""
+    """Frozen configuration of one server process.
+
+    A flag goes before the environment's `POLYHEAD_<NAME>`, and that before the default. There is
+    no settings file. Descriptions are the help texts of `polyhead serve`.
+    """
 
     model_config = SettingsConfigDict(env_prefix="POLYHEAD_", extra="forbid", frozen=True)
 
-    backbone: str = Field(description="Folder of a transformers causal model, or its local name")
+    backbone: str = Field(description="Folder of a transformers causal model")
     inventory: Path = Field(description="Folder with inventory.json and inventory.safetensors")
     data_dir: Path = Field(description="Folder for the task registry")
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on; only loopback without --allow-remote"
+    )
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     allow_remote: bool = Field(False, description="Serve on an address others can reach")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Numbers that the backbone computes in; auto is bfloat16 where the device "
+        "computes in it, float32 elsewhere",
+    )
+    device: str = Field(
+        "auto", description="A torch device such as cpu or cuda:0; auto is cuda where there is one"
+    )
     threads: int | None = Field(
         None, ge=1, description="Compute threads; None leaves torch's choice"
     )
@@ -34,15 +46,19 @@ class Settings(BaseSettings):
     )
     kv_cache_tokens: int = Field(65536, ge=16, description="Tokens the key-value cache may hold")
 
-    max_n: int = Field(16, ge=1)
-    max_logprobs: int = Field(20, ge=0)
-    max_stop_strings: int = Field(16, ge=0)
+    max_n: int = Field(16, ge=1, description="Choices in one /generate request")
+    max_logprobs: int = Field(20, ge=0, description="Alternatives named beside each token")
+    max_stop_strings: int = Field(16, ge=0, description="Stop strings in one request")
     max_stop_length: int = Field(256, ge=1, description="Characters in one stop string")
     max_choices: int = Field(256, ge=1, description="Choices in one /score request")
     max_mixture: int = Field(64, ge=1, description="Tasks in one mixture")
-    max_body_bytes: int = Field(16 << 20, ge=1024)
+    max_body_bytes: int = Field(
+        16 << 20, ge=1024, description="Bytes of a request's body before 413"
+    )
     max_deadline: float = Field(3600.0, gt=0, description="Seconds one request may take at most")
-    task_cache_bytes: int = Field(512 << 20, ge=1 << 20, description="Resident routings")
+    task_cache_bytes: int = Field(
+        512 << 20, ge=1 << 20, description="Bytes of tasks kept resident; others wait on disk"
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )
