@@ -9,6 +9,8 @@ from polyhead.server.engine.sequence import STEM, Sequence, sequences_of
 from polyhead.server.engine.text_stream import TextStream
 from polyhead.server.engine.tokenizer import Tokenizer
 
+OVERFLOW = "the task's adapter overflows: its output is not finite"
+
 
 @dataclass
 class _Open:
@@ -49,7 +51,11 @@ class Answers:
         """The events of one computed step."""
         events: list[Event] = []
         for row, found in zip(batch.rows, sampled, strict=True):
-            if row.sequence.sample and found.token is not None:
+            if row.sequence.request.id not in self._open:
+                continue  # another choice of the same request has just ended it
+            if found.overflow:
+                events += self.fail([row.sequence.request.id], OVERFLOW)
+            elif row.sequence.sample and found.token is not None:
                 events.append(self._extend(row.sequence, found.token, found))
             elif not row.sequence.sample and row.sequence.index != STEM:
                 events += self._score(row, found)
@@ -71,7 +77,7 @@ class Answers:
         return [event for name in late for event in self._end(name, "deadline")]
 
     def fail(self, request_ids: Iterable[str], message: str) -> list[Event]:
-        """End requests whose step raised."""
+        """End requests that cannot be answered."""
         known = [name for name in request_ids if name in self._open]
         for name in known:
             for _ in self._close_all(name):

@@ -54,3 +54,4 @@ class Sampled:
     token: int | None = None
     logprob: TokenLogprob | None = None
     scored: tuple[TokenLogprob, ...] = ()
+    overflow: bool = False  # the row's logits are not numbers: its adapter overflows

@@ -13,6 +13,7 @@ from polyhead.adapters.costs import measure_costs
 from polyhead.adapters.inject import Injection, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.server.config import Settings
+from polyhead.server.engine.attention import UnsupportedAttention
 from polyhead.server.engine.engine import Engine, Publish
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
@@ -49,6 +50,10 @@ class Loaded:
         config = SchedulerConfig(settings.max_running, max(step_tokens, settings.max_running))
         space = KVSpace(settings.kv_cache_tokens, self.max_context)
         runner = Runner(self.model, self.injection, space.capacities)
+        try:
+            runner.probe()
+        except UnsupportedAttention as exc:
+            raise BackboneError(f"{settings.backbone}: {exc}, which is not supported") from exc
         return Engine(
             runner,
             Scheduler(config, space),
@@ -94,7 +99,17 @@ def load_backbone(folder: str, dtype: torch.dtype, device: torch.device) -> PreT
     except (OSError, ValueError, KeyError) as exc:
         raise BackboneError(f"{folder}: {exc}") from exc
     model: PreTrainedModel = loaded.to(device).eval().requires_grad_(False)
+    _refuse_shared_rope(folder, model)
     return model
+
+
+def _refuse_shared_rope(folder: str, model: PreTrainedModel) -> None:
+    """Some rotary embeddings change with the longest sequence of a forward pass, so one request
+    would change another's output."""
+    rope: Any = getattr(model.config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind in ("dynamic", "longrope"):
+        raise BackboneError(f"{folder}: rope_type {kind!r} is not supported in mixed batches")
 
 
 def pick_device(wanted: str) -> torch.device:

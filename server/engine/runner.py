@@ -12,9 +12,10 @@ from polyhead.adapters.plan import use_plan
 from polyhead.server.engine.attention import IMPLEMENTATION, StepAttention, use_step
 from polyhead.server.engine.batch import Batch, Row, Sampled
 from polyhead.server.engine.kv_cache import KVShape, KVStore, StepCache
-from polyhead.server.engine.kv_space import KVOperation
-from polyhead.server.engine.request import TokenLogprob
+from polyhead.server.engine.kv_space import KVOperation, Place, Resize
+from polyhead.server.engine.request import Request, TokenLogprob
 from polyhead.server.engine.sampler import Draw, logprobs_of, sample
+from polyhead.server.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Runner:
     def reset(self) -> None:
         """Throw the key-value store away, as after an error that may have left it half-written."""
         self.store = KVStore(self._shape, self._capacities, self.dtype, self.device)
+
+    def probe(self) -> None:
+        """One tiny step on the bare backbone. Raises `UnsupportedAttention` where the backbone's
+        attention has something that this engine does not implement."""
+        ids = [0, 0, 0]
+        sequence = Sequence(Request("probe", "base", "base", tuple(ids)), 0, ids)
+        place = Place(0, 0)
+        self.run(Batch([Row(sequence, 0, 2, place)], [Resize(0, 1)]))
+        self.run(Batch([Row(sequence, 2, 1, place)], []))
+        self.reset()
 
     @torch.inference_mode()
     def carry_out(self, operations: Ordered[KVOperation]) -> None:
@@ -125,8 +136,11 @@ def _read(logits: Tensor, entries: Ordered[LogitRow]) -> dict[int, Sampled]:
         own = logits if len(drawn) == len(logits) else logits[drawn]
         rows = [entries[i].row for i in drawn]
         tokens = sample(own, [_draw_of(row) for row in rows])
-        for row, token, logprob in zip(rows, tokens, _logprobs(own, rows, tokens), strict=True):
-            found[id(row)] = Sampled(token, logprob)
+        chosen = own.gather(1, torch.tensor(tokens, device=own.device)[:, None])
+        sound: list[bool] = torch.isfinite(chosen[:, 0]).tolist()
+        logprobs = _logprobs(own, rows, tokens)
+        for row, token, logprob, fine in zip(rows, tokens, logprobs, sound, strict=True):
+            found[id(row)] = Sampled(token, logprob) if fine else Sampled(overflow=True)
     scored = [i for i, entry in enumerate(entries) if entry.scored is not None]
     if scored:
         given = [entry.scored for entry in entries if entry.scored is not None]

@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from factories import Collector, make_engine, random_private, random_task
+from factories import (
+    Collector,
+    make_engine,
+    random_private,
+    random_task,
+    tiny_inventory,
+    tiny_model,
+)
 from transformers import PreTrainedModel
 
-from polyhead.adapters.inject import Injection
+from polyhead.adapters.inject import Injection, inject
 from polyhead.adapters.plan import RoutedTask, use_plan
+from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.errors import EngineDead, EngineDraining, EngineFull, RequestTooLarge
 from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
@@ -444,3 +452,29 @@ def test_stats_tell_what_is_going_on(build: Build) -> None:
     assert stats.kv_used_tokens >= 3 * 128
     assert stats.steps > 0
     assert stats.step_seconds > 0
+
+
+def test_an_adapter_that_overflows_fails_its_request_alone() -> None:
+    model = tiny_model()
+    inventory = tiny_inventory(model)
+    module = inventory.header.modules[2]
+    huge = PrivateAdapter.checked(
+        {module.name: torch.full((module.in_features, 1), 1e30)},
+        {module.name: torch.full((1, module.out_features), 1e30)},
+        inventory.header.modules,
+    )
+    collector = Collector()
+    engine = make_engine(model, inject(model, inventory), collector)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    sound = Request("sound", "base", "base", tuple(b"hello"), None, params)
+    broken = Request("broken", "huge", "g", tuple(b"hello"), huge, params)
+    engine.start()
+    try:
+        engine.submit(sound)
+        engine.submit(broken)
+        (failure,) = collector.wait(broken)
+        assert isinstance(failure, Failure)
+        assert "overflows" in failure.message
+        assert len(collector.tokens(sound)) == 12
+    finally:
+        engine.stop()

@@ -1,0 +1,62 @@
+"""What loading refuses, before a request could meet it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from factories import save_backbone, tiny_inventory, tiny_model
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+from polyhead.server.config import Settings
+from polyhead.server.engine.errors import BackboneError
+from polyhead.server.engine.loading import Loaded, load
+
+
+def loaded(model: PreTrainedModel, folder: Path) -> Loaded:
+    backbone = save_backbone(model, folder / "backbone")
+    tiny_inventory(model).save(folder / "inventory")
+    settings = Settings(
+        backbone=str(backbone),
+        inventory=folder / "inventory",
+        data_dir=folder / "data",
+        dtype="float32",
+        kv_cache_tokens=1024,
+    )
+    return load(settings)
+
+
+def test_a_sound_backbone_gives_an_engine(tmp_path: Path) -> None:
+    engine = loaded(tiny_model(), tmp_path).engine(lambda _events: None)
+    assert engine.stats().kv_capacity_tokens == 1024
+
+
+def test_soft_capped_attention_is_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        eos_token_id=256,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    parts = loaded(Gemma2ForCausalLM(config).eval(), tmp_path)
+    with pytest.raises(BackboneError, match="softcap"):
+        parts.engine(lambda _events: None)
+
+
+def test_rotary_embeddings_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model(rope_parameters=rope)
+    with pytest.raises(BackboneError, match="dynamic"):
+        loaded(model, tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
+    settings = Settings(backbone=str(tmp_path), inventory=tmp_path, data_dir=tmp_path)
+    with pytest.raises(BackboneError, match=r"config\.json"):
+        load(settings)
