@@ -16,12 +16,13 @@ def main() -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
-    if name != "all" and name not in COMMANDS:
-        print(f"no measurement {name!r}\n\n{usage()}", file=sys.stderr)
-        return 2
-    if name == "all":
+    if name in COMMANDS:
+        return run(name, options)
+    if name == "all" and not options:
         return max(run(command, []) for command in COMMANDS)
-    return run(name, options)
+    wrong = f"all takes no options: {' '.join(options)}" if name == "all" else f"no {name!r}"
+    print(f"{wrong}\n\n{usage()}", file=sys.stderr)
+    return 2
 
 
 def usage() -> str:

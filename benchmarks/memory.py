@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import timing
-from benchmarks.serving import Served, serving
+from benchmarks.serving import Memory, Served, serving
 from benchmarks.workload import Work, make_work
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.routing import Routing
@@ -125,17 +125,18 @@ def _work(served: Served, work: Sequence[Work]) -> Rate:
     return Rate(tokens / wall, tokens / cpu)
 
 
-def _memories(servers: dict[str, Served]) -> dict[str, int]:
+def _memories(servers: dict[str, Served]) -> dict[str, Memory]:
     return {name: served.memory() for name, served in servers.items()}
 
 
-def _print_memory(console: Console, states: dict[str, dict[str, int]], tasks: int) -> None:
+def _print_memory(console: Console, states: dict[str, dict[str, Memory]], tasks: int) -> None:
     rows = []
     for state, found in states.items():
-        more = found["full"] - found["few"]
-        sizes = [f"{size / 1e6:.0f}" for size in (found["full"], found["few"], more)]
-        rows.append((state, *sizes))
-    title = f"Resident memory in MB; goal: at most {GOAL_BYTES / 1e6:.0f} MB more"
+        for kind in ("resident", "anonymous"):
+            full, few = (getattr(found[name], kind) for name in ("full", "few"))
+            sizes = [f"{size / 1e6:.0f}" for size in (full, few, full - few)]
+            rows.append((f"{state}, {kind}", *sizes))
+    title = f"Memory in MB; goal: at most {GOAL_BYTES / 1e6:.0f} MB more"
     columns = ("state", f"{tasks + WORKING} tasks", f"{WORKING} tasks", "more")
     timing.print_table(console, f"{title}\n{timing.machine()}", columns, rows)
 

@@ -18,6 +18,14 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes of a process that are in memory now."""
+
+    resident: int  # VmRSS
+    anonymous: int  # the part that is no file's, which the system cannot drop and read again
+
+
+@dataclass(frozen=True)
 class Served:
     """A running server's address and process."""
 
@@ -49,10 +57,11 @@ class Served:
         name = "polyhead_num_requests_running "
         return int(next(float(line.split()[1]) for line in lines if line.startswith(name)))
 
-    def memory(self) -> int:
-        """Bytes of the process that are in memory now."""
+    def memory(self) -> Memory:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmRSS:")))
+        sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+        kinds = {kind: 1024 * int(size) for kind, size in sizes.items()}
+        return Memory(sum(kinds.values()), kinds["RssAnon"])
 
     def cpu_seconds(self) -> float:
         """What the process has computed so far, over all its threads."""

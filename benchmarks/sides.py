@@ -14,9 +14,9 @@ from polyhead.adapters.costs import measure_costs
 from polyhead.adapters.inject import find_modules, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.plan import RoutedTask
+from polyhead.server.engine.backbone import load_backbone
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
-from polyhead.server.engine.loading import load_backbone
 from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -33,7 +33,7 @@ class EngineSide:
     def __init__(
         self, folder: Path, dtype: torch.dtype, *, routed: bool, seats: int, step_tokens: int = 128
     ) -> None:
-        model = load_backbone(str(folder), dtype, CPU)
+        model = load_backbone(folder, dtype, CPU)
         self._injection = None
         if routed:
             modules = find_modules(model, heads=HEADS)
@@ -89,7 +89,7 @@ class EngineSide:
 
 def generate_model(folder: Path, dtype: torch.dtype, poly_tasks: int = 0) -> Any:
     """The backbone for `GenerateSide`; poly_tasks > 0 wraps it in PEFT's Poly layers."""
-    model: Any = load_backbone(str(folder), dtype, CPU)
+    model: Any = load_backbone(folder, dtype, CPU)
     if not poly_tasks:
         return model
     config = PolyConfig(

@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks import timing
 from benchmarks.sides import EngineSide, GenerateSide, generate_model
 from benchmarks.workload import make_work
-from polyhead.server.engine.loading import DTYPES
+from polyhead.server.engine.backbone import DTYPES
 
 VOCABULARY = 49152
 POLY_TASKS = 16

@@ -124,19 +124,24 @@ def serve(
 def convert_peft_command(
     source: Annotated[Path, typer.Argument(help="Folder of a PEFT POLY adapter")],
     out: Annotated[Path, typer.Argument(help="Folder of the inventory to write")],
-    backbone: Annotated[str, typer.Option(help="Folder of the backbone, or its local name")],
+    backbone: Annotated[str, typer.Option(help="Folder of the backbone, or its name on the hub")],
     names: Annotated[
         Path | None, typer.Option(help="Task names, one a line, in the order of training")
     ] = None,
 ) -> None:
     """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
     from polyhead.adapters.convert.peft import convert_peft
-    from polyhead.server.engine.loading import load_backbone, pick_device, pick_dtype
+    from polyhead.server.engine.backbone import (
+        find_backbone,
+        load_backbone,
+        pick_device,
+        pick_dtype,
+    )
 
     with _one_line_errors():
         task_names = names.read_text().split() if names else None
         cpu = pick_device("cpu")
-        model = load_backbone(backbone, pick_dtype("float32", cpu), cpu)
+        model = load_backbone(find_backbone(backbone), pick_dtype("float32", cpu), cpu)
         inventory = convert_peft(source, model, Path(backbone).name, task_names)
         inventory.save(out)
     typer.echo(f"{out}: {len(inventory.tasks)} tasks, fingerprint {inventory.fingerprint}")

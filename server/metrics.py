@@ -100,8 +100,12 @@ class _LoadGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         running, waiting, used = self._load()
-        yield _gauge("num_requests_running", "Requests in the batch", running)
-        yield _gauge("num_requests_waiting", "Requests in line", waiting)
+        yield _gauge(
+            "num_requests_running", "Sequences in the batch: a request has one per choice", running
+        )
+        yield _gauge(
+            "num_requests_waiting", "Sequences in line: a request has one per choice", waiting
+        )
         yield _gauge("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", used)
 
 

@@ -21,7 +21,7 @@ def neighbours(
     fingerprints, sketches = store.all_sketches(connection)
     near = closest(sketcher.sketch(own), sketches, count=32 + 2 * limit)
     cosines = {
-        fingerprint: float(own @ _direction(connection, fingerprint, layout))
+        fingerprint: min(1.0, float(own @ _direction(connection, fingerprint, layout)))
         for fingerprint in (fingerprints[index] for index in near)
     }
     found = [

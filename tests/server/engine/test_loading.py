@@ -1,5 +1,8 @@
 """What loading refuses, before a request could meet it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from factories import save_backbone, tiny_inventory, tiny_model
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from polyhead.server.config import Settings
+from polyhead.server.engine.backbone import find_backbone
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.loading import Loaded, load
 
@@ -60,3 +64,26 @@ def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
     settings = Settings(backbone=str(tmp_path), inventory=tmp_path, data_dir=tmp_path)
     with pytest.raises(BackboneError, match=r"config\.json"):
         load(settings)
+
+
+def test_a_named_backbone_comes_from_the_local_cache(tmp_path: Path) -> None:
+    commit = "a" * 40
+    cached = tmp_path / "hub" / "models--polyhead--tiny"
+    save_backbone(tiny_model(), cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = (
+        "from polyhead.server.engine.backbone import find_backbone\n"
+        "print(find_backbone('polyhead/tiny'))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()) == cached / "snapshots" / commit
+
+
+@pytest.mark.parametrize("name", ["polyhead/no-such-model", "../x/../y", "a b"])
+def test_a_backbone_that_is_nowhere_is_refused_by_name(name: str) -> None:
+    with pytest.raises(BackboneError, match="neither a folder nor a model"):
+        find_backbone(name)

@@ -1,0 +1,5 @@
+"""What holds for every test."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is first imported
