@@ -16,7 +16,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="POLYHEAD_", extra="forbid", frozen=True)
 
-    backbone: str = Field(description="Folder of a transformers causal model, or its name on the hub")
+    backbone: str = Field(
+        description="Folder of a transformers causal model, or its name on the hub"
+    )
     inventory: Path = Field(description="Folder with inventory.json and inventory.safetensors")
     data_dir: Path = Field(description="Folder for the task registry")
     host: str = Field(
