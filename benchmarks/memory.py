@@ -51,8 +51,8 @@ def main(
         "data/inventory"
     ),
     tasks: Annotated[int, typer.Option(help="Registered tasks of the full server")] = 10_000,
-    rounds: int = 5,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of each request of the work")] = 48,
+    rounds: int = 4,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each request of the work")] = 32,
     cache_bytes: Annotated[int, typer.Option(help="What resident tasks may take")] = 768 << 20,
     threads: Annotated[int, typer.Option(help="Compute threads of each server")] = 1,
 ) -> None:
