@@ -54,7 +54,7 @@ class Answers:
             if row.sequence.request.id not in self._open:
                 continue  # another choice of the same request has just ended it
             if found.overflow:
-                events += self.fail([row.sequence.request.id], OVERFLOW)
+                events += self.fail([row.sequence.request.id], OVERFLOW, overflow=True)
             elif row.sequence.sample and found.token is not None:
                 events.append(self._extend(row.sequence, found.token, found))
             elif not row.sequence.sample and row.sequence.index != STEM:
@@ -76,13 +76,15 @@ class Answers:
         ]
         return [event for name in late for event in self._end(name, "deadline")]
 
-    def fail(self, request_ids: Iterable[str], message: str) -> list[Event]:
+    def fail(
+        self, request_ids: Iterable[str], message: str, *, overflow: bool = False
+    ) -> list[Event]:
         """End requests that cannot be answered."""
         known = [name for name in request_ids if name in self._open]
         for name in known:
             for _ in self._close_all(name):
                 pass
-        return [Failure(name, message) for name in known]
+        return [Failure(name, message, overflow) for name in known]
 
     def _extend(self, sequence: Sequence, token: int, found: Sampled) -> Output:
         request = sequence.request

@@ -81,10 +81,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request ended without an answer: a step it was part of raised."""
+    """A request ended without an answer: a step it was part of raised, or its adapter overflowed.
+
+    overflow: its own adapter made numbers that are not finite; trying again will not help.
+    """
 
     request_id: str
     message: str
+    overflow: bool = False
 
 
 Event = Output | Failure

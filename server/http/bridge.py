@@ -15,6 +15,7 @@ from polyhead.server.metrics import Metrics, Stopwatch
 T = TypeVar("T")
 
 STEP_FAILED = "the step that the request was part of failed; try again"
+OVERFLOW = "the task's adapter overflows: its output is not finite"
 ENGINE_STOPPED = "the engine has stopped"
 
 
@@ -60,9 +61,7 @@ class Answer:
     def take(self, event: Event) -> None:
         """Keep one event of the engine's."""
         if isinstance(event, Failure):
-            # The engine has logged the reason; its own words may hold what no client should read.
-            alive = self._engine.alive
-            self.fail(GenerationFailed(STEP_FAILED) if alive else EngineDead(ENGINE_STOPPED))
+            self.fail(self._error_of(event))
             return
         self._stopwatch.saw(event)
         self._arrived.append(event)
@@ -71,6 +70,12 @@ class Answer:
             if not self._open:
                 self._stopwatch.finished()
         self._news.set()
+
+    def _error_of(self, failure: Failure) -> Exception:
+        # The engine has logged the reason; its own words may hold what no client should read.
+        if not self._engine.alive:
+            return EngineDead(ENGINE_STOPPED)
+        return GenerationFailed(OVERFLOW if failure.overflow else STEP_FAILED)
 
     def fail(self, error: Exception) -> None:
         """Whatever was already made stays readable, then `error` is raised."""

@@ -10,7 +10,7 @@ from polyhead.server.engine import request as engine
 from polyhead.server.engine.request import Output, TokenLogprob
 from polyhead.server.engine.tokenizer import Tokenizer
 from polyhead.server.http.bodies import json_body, takes
-from polyhead.server.http.bridge import Answer, unless_client_leaves
+from polyhead.server.http.bridge import OVERFLOW, Answer, unless_client_leaves
 from polyhead.server.http.errors import GenerationFailed
 from polyhead.server.http.schemas import (
     Candidate,
@@ -143,5 +143,5 @@ def token_answer(found: TokenLogprob, tokenizer: Tokenizer) -> TokenAnswer:
 def finite(logprob: float) -> float:
     """`logprob`, if JSON can hold it. Raises `GenerationFailed` where it is not finite."""
     if not math.isfinite(logprob):
-        raise GenerationFailed("the task's adapter overflows: its output is not finite")
+        raise GenerationFailed(OVERFLOW)
     return logprob

@@ -134,7 +134,8 @@ def test_an_adapter_that_overflows_harms_nobody_else(own: LiveServer) -> None:
     register_overflowing(own, module=2)
     running = own.start(max_tokens=300)
     for _ in range(3):
-        own.generate(task="large", prompt="x" * 200, max_tokens=60, n=4, temperature=1.0)
+        body = {"task": "large", "prompt": "x" * 200, "max_tokens": 60, "n": 4, "temperature": 1.0}
+        assert own.client.post("/generate", json=body).json()["code"] == "generation_failed"
     assert running.result().json()["choices"] == expected
     assert own.generate(max_tokens=300)["choices"] == expected
 
