@@ -57,9 +57,10 @@ class RentOrBuy:
         That is one task at most, so that no step is held up by more than one building.
         """
         ideal = costs.choose_combined(tokens, tokens.keys())
+        missing = [key for key in tokens if key in ideal and key not in resident]
         everything = len(ideal) == len(tokens)
-        share = costs.factored_step / len(tokens) if everything and tokens else 0.0
-        for key in ideal - resident:
+        share = costs.factored_step / len(missing) if everything and missing else 0.0
+        for key in missing:
             missed = self._missed.pop(key, 0.0) + costs.saving(tokens[key]) + share
             self._missed[key] = missed
             if missed >= costs.fold:

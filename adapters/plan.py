@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from polyhead.adapters import ops
+from polyhead.adapters.compiled import CompiledStep, Hidden
 from polyhead.adapters.errors import PlanError
 from polyhead.adapters.private import PrivateAdapter
 
@@ -39,7 +41,8 @@ class FactoredPart:
     """The tokens that go through the factored form."""
 
     tokens: Tokens
-    weights: Tensor  # [n, H, M*S*r] float32; zero rows leave a token bare
+    weights: Tensor  # [n, H, M*S*r] float32, or [n, M, H, S] where the step is compiled;
+    # zero rows leave a token bare
     pieces: ops.Pieces  # which rows of the weights belong to which of these tokens
 
 
@@ -58,8 +61,11 @@ class Plan:
     tokens: int
     factored: FactoredPart | None
     combined: Sequence[CombinedPart]
+    compiled: CompiledStep | None = None  # the same parts, where the kernels serve them
     stale: bool = False  # set when a later plan takes over the buffer of this one's weights
-    _memo: "tuple[GroupSlot, Tensor, list[Tensor | None]] | None" = field(default=None, repr=False)
+    _memo: "tuple[GroupSlot, Tensor, list[Tensor | None] | Hidden] | None" = field(
+        default=None, repr=False
+    )
 
     def add_delta(self, slot: "GroupSlot", g: int, x: Tensor, y: Tensor) -> None:
         """Add the adapters' part of module g of a group to its base product y, in place.
@@ -76,6 +82,9 @@ class Plan:
                 found=str(flat_y.shape[0]),
                 expected=str(self.tokens),
             )
+        if self.compiled is not None:
+            self._add_compiled(self.compiled, slot, g, x, flat_y)
+            return
         hidden = self._hidden(slot, x)
         if self.factored is not None and hidden[0] is not None:
             self._expand_factored(self.factored, slot, g, hidden[0], flat_y)
@@ -84,10 +93,31 @@ class Plan:
             if factors is not None and low_rank is not None:
                 _expand_combined(part.tokens, factors, g, low_rank, flat_y)
 
+    def _add_compiled(
+        self, step: CompiledStep, slot: "GroupSlot", g: int, x: Tensor, y: Tensor
+    ) -> None:
+        if x.dtype != torch.float32 or y.dtype != torch.float32 or not y.is_contiguous():
+            raise PlanError(
+                "the kernels need contiguous float32 activations",
+                found=f"{x.dtype} to {y.dtype}, strides {y.stride()}",
+            )
+        hidden = self._remembered(slot, x)
+        if hidden is None:
+            flat = x.reshape(-1, x.shape[-1]).contiguous()
+            hidden = step.shrink(slot.group, slot.index, slot.first, flat)
+            self._memo = (slot, x, hidden)
+        assert isinstance(hidden, tuple)
+        step.expand(slot.group, slot.first, g, hidden, y)
+
+    def _remembered(self, slot: "GroupSlot", x: Tensor) -> list[Tensor | None] | Hidden | None:
+        """What was shrunk for the group: its modules come in turn with the very same tensor."""
+        memo = self._memo
+        return memo[2] if memo is not None and memo[0] is slot and memo[1] is x else None
+
     def _hidden(self, slot: "GroupSlot", x: Tensor) -> list[Tensor | None]:
-        """Shrink once per group: its modules are called in turn with the very same tensor."""
-        if self._memo is not None and self._memo[0] is slot and self._memo[1] is x:
-            return self._memo[2]
+        remembered = self._remembered(slot, x)
+        if isinstance(remembered, list):
+            return remembered
         flat = x.reshape(-1, x.shape[-1])
         hidden: list[Tensor | None] = [None]
         if self.factored is not None:
@@ -131,6 +161,11 @@ class GroupSlot:
     index: int
     group: ops.SkillGroup
     columns: slice
+
+    @property
+    def first(self) -> int:
+        """The number of the group's first module."""
+        return int(self.columns.start) // self.group.columns
 
 
 _active: ContextVar[Plan | None] = ContextVar("polyhead_plan", default=None)

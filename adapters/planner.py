@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from polyhead.adapters import ops
+from polyhead.adapters.compiled import (
+    CompiledCombined,
+    CompiledFactored,
+    CompiledStep,
+    FactorTable,
+    compiled_for,
+)
 from polyhead.adapters.costs import FormCosts, RentOrBuy
+from polyhead.adapters.errors import PlanError
 from polyhead.adapters.plan import (
     Adapter,
     CombinedPart,
@@ -27,7 +35,7 @@ more in separate products than they save in memory."""
 
 
 class WeightBoard:
-    """Spread routing weights of the factored tokens, kept between steps.
+    """Routing weights of the factored tokens as its form reads them, kept between steps.
 
     A decode step's rows are mostly those of the step before: only rows that changed are written.
     """
@@ -37,8 +45,11 @@ class WeightBoard:
     ) -> None:
         self._rank = rank
         self._order = order
-        self._rows = torch.zeros(0, heads, columns, device=device)  # [n, H, M*S*r]
+        self._rows = torch.zeros(0, *self._shape(heads, rank, columns), device=device)
         self._keys: list[str] = []
+
+    def _shape(self, heads: int, rank: int, columns: int) -> tuple[int, ...]:
+        return heads, columns
 
     def update(self, tasks: Sequence[RoutedTask | None]) -> Tensor:
         """Rows for these tokens, `[n, H, M*S*r]`; None is a row of zeros."""
@@ -73,7 +84,21 @@ class WeightBoard:
         if task is None:
             return self._rows.new_zeros(())
         weights = task.weights[self._order].to(self._rows.device)
+        return self._arranged(weights)
+
+    def _arranged(self, weights: Tensor) -> Tensor:
         return ops.spread(weights, self._rank)
+
+
+class PlainBoard(WeightBoard):
+    """The same for the compiled kernels, which read weights as they are: `[n, M, H, S]`."""
+
+    def _shape(self, heads: int, rank: int, columns: int) -> tuple[int, ...]:
+        modules = len(self._order)
+        return modules, heads, columns // (modules * rank)
+
+    def _arranged(self, weights: Tensor) -> Tensor:
+        return weights
 
 
 class Planner:
@@ -98,10 +123,11 @@ class Planner:
         self._device = device
         self.costs = costs or FormCosts()
         first = slots[0].group
-        self._board = WeightBoard(
-            first.heads, first.rank, slots[-1].columns.stop, self._order, device
-        )
+        self._compiled = compiled_for(first)
+        board = PlainBoard if self._compiled else WeightBoard
+        self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
+        self._tables: dict[str, FactorTable] = {}  # of the resident factors, for the kernels
         self._on_board: Plan | None = None  # whose weights the board holds
         self._renting = RentOrBuy()
         self._factor_cache_bytes = factor_cache_bytes
@@ -118,7 +144,12 @@ class Planner:
         return sorted(range(len(keys)), key=lambda i: (private[i], tokens[keys[i]], keys[i]))
 
     def build(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> Plan:
-        """The plan for rows of `counts[i]` adjacent tokens, each answered by `adapters[i]`."""
+        """The plan for rows of `counts[i]` adjacent tokens, each answered by `adapters[i]`.
+
+        Raises `PlanError` when a row has no tokens.
+        """
+        if min(counts, default=1) < 1:
+            raise PlanError("a row has no tokens", found=str(min(counts)), expected="at least 1")
         tokens = [a for a, n in zip(adapters, counts, strict=True) for a in repeat(a, n)]
         distinct = {adapter_key(a): a for a in adapters}
         places: dict[str, list[int]] = {key: [] for key in distinct}
@@ -130,16 +161,26 @@ class Planner:
         combined = self.costs.choose_combined(routed, available)
         combined |= {k for k, a in distinct.items() if isinstance(a, PrivateAdapter)}
         factored = sorted(p for k in routed.keys() - combined for p in places[k])
+        own = {k: places[k] for k in distinct if k in combined}
         parts = [
-            CombinedPart(_tokens(places[k], self._device), self._resident(k, distinct[k]))
-            for k in distinct
-            if k in combined
+            CombinedPart(_tokens(positions, self._device), self._resident(k, distinct[k]))
+            for k, positions in own.items()
         ]
         self._evict(keep=combined)
         plan = Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
+        if self._compiled and (plan.factored is not None or parts):
+            plan.compiled = self._compiled_step(plan, own)
         if plan.factored is not None:
             self._on_board = plan
         return plan
+
+    def _compiled_step(self, plan: Plan, places: dict[str, list[int]]) -> CompiledStep:
+        part = plan.factored
+        factored = part and CompiledFactored.of(part.tokens, part.weights, part.pieces)
+        tables = [self._tables[key] for key in places]
+        positions = list(places.values())
+        combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
+        return CompiledStep(factored, combined)
 
     def _factored_part(
         self, positions: list[int], tokens: Sequence[Adapter], combined: set[str]
@@ -163,6 +204,9 @@ class Planner:
             factors = self._build_factors(adapter)
             self._factors[key] = factors
             self._factor_bytes += _nbytes(factors)
+            if self._compiled:
+                sizes = [slot.group.size for slot in self._slots]
+                self._tables[key] = FactorTable.of(factors, sizes)
         self._factors.move_to_end(key)
         return factors
 
@@ -185,7 +229,7 @@ class Planner:
         dtype = slot.group.a.dtype
         a = torch.cat([adapter.a[name] for name in own], dim=1)
         b = [adapter.b.get(name) for name in names]
-        moved = tuple(None if t is None else t.to(self._device, dtype) for t in b)
+        moved = tuple(None if t is None else t.to(self._device, dtype).contiguous() for t in b)
         return ops.Factors(a.to(self._device, dtype), moved)
 
     def _evict(self, keep: set[str]) -> None:
@@ -194,6 +238,7 @@ class Planner:
                 return
             if key not in keep:
                 self._factor_bytes -= _nbytes(self._factors.pop(key))
+                self._tables.pop(key, None)
 
 
 def _share_rows(
