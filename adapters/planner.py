@@ -45,17 +45,20 @@ class WeightBoard:
     ) -> None:
         self._rank = rank
         self._order = order
-        self._rows = torch.zeros(0, *self._shape(heads, rank, columns), device=device)
+        self._columns = columns
+        self._heads = heads
+        self._device = device
+        self._rows = self._zeros(0)
         self._keys: list[str] = []
 
-    def _shape(self, heads: int, rank: int, columns: int) -> tuple[int, ...]:
-        return heads, columns
+    def _zeros(self, rows: int) -> Tensor:
+        return torch.zeros(rows, self._heads, self._columns, device=self._device)
 
     def update(self, tasks: Sequence[RoutedTask | None]) -> Tensor:
         """Rows for these tokens, `[n, H, M*S*r]`; None is a row of zeros."""
         if len(tasks) > len(self._keys):
             with torch.inference_mode(False):  # else later updates outside of it would fail
-                grown = self._rows.new_zeros(len(tasks), *self._rows.shape[1:])
+                grown = self._zeros(len(tasks))
             grown[: len(self._keys)] = self._rows[: len(self._keys)]
             self._rows = grown
             self._keys += [""] * (len(tasks) - len(self._keys))
@@ -93,9 +96,11 @@ class WeightBoard:
 class PlainBoard(WeightBoard):
     """The same for the compiled kernels, which read weights as they are: `[n, M, H, S]`."""
 
-    def _shape(self, heads: int, rank: int, columns: int) -> tuple[int, ...]:
+    def _zeros(self, rows: int) -> Tensor:
         modules = len(self._order)
-        return modules, heads, columns // (modules * rank)
+        skills = self._columns // (modules * self._rank)
+        by_module = torch.zeros(modules, rows, self._heads, skills, device=self._device)
+        return by_module.transpose(0, 1)  # a module's weights adjacent: a kernel reads no others
 
     def _arranged(self, weights: Tensor) -> Tensor:
         return weights
