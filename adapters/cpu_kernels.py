@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BLOCK = 32
+BLOCK = 48
 """Tokens whose intermediate products stay in the first cache between two products."""
 
 
@@ -78,7 +78,7 @@ def _tile(rows: int, width: int, unroll: int) -> Callable[..., Any]:
     return intrinsic(tile)  # type: ignore[no-any-return]
 
 
-_tile_4_16, _tile_1_16 = _tile(4, 16, 1), _tile(1, 16, 4)
+_tile_6_16, _tile_4_16, _tile_1_16 = _tile(6, 16, 1), _tile(4, 16, 1), _tile(1, 16, 4)
 _tile_4_8, _tile_1_8 = _tile(4, 8, 2), _tile(1, 8, 4)
 _tile_1_1 = _tile(1, 1, 4)
 
@@ -97,6 +97,9 @@ def _product(y, ldy, x, ldx, b, ldb, m, k, n):  # type: ignore[no-untyped-def]
     while column < n:
         own_y, own_b, row = y + 4 * column, b + 4 * column, 0
         if n - column >= 16:
+            while row + 6 <= m:
+                _tile_6_16(own_y + 4 * row * ldy, ldy, x + 4 * row * ldx, ldx, own_b, ldb, k)
+                row += 6
             while row + 4 <= m:
                 _tile_4_16(own_y + 4 * row * ldy, ldy, x + 4 * row * ldx, ldx, own_b, ldb, k)
                 row += 4
