@@ -1,13 +1,7 @@
-"""Which exact form a step should use for which task: a cost model measured on the device."""
+"""Which exact form a step should use for which task: a model of their costs."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from polyhead.adapters import ops
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,8 @@ class RentOrBuy:
         everything = len(ideal) == len(tokens)
         share = costs.factored_step / len(missing) if everything and missing else 0.0
         for key in missing:
-            missed = self._missed.pop(key, 0.0) + costs.saving(tokens[key]) + share
+            saved = costs.saving(tokens[key]) + share
+            missed = max(0.0, self._missed.pop(key, 0.0) + saved)  # a loss is nobody's debt
             self._missed[key] = missed
             if missed >= costs.fold:
                 del self._missed[key]
@@ -69,93 +64,3 @@ class RentOrBuy:
         while len(self._missed) > self._most:
             del self._missed[next(iter(self._missed))]
         return set()
-
-
-FEW, MANY, REPEATS = 1, 32, 5
-"""Tokens of the two measured batches, and how often each is timed."""
-
-
-@torch.inference_mode()
-def measure_costs(groups: Sequence[ops.SkillGroup]) -> FormCosts:
-    """Time both forms over all modules on the device that holds the skills.
-
-    Takes well under a second for a small backbone; the least of a few runs counts, since
-    whatever else the machine does only ever adds.
-    """
-    device = groups[0].a.device
-    outputs = [_Outputs.of(group, MANY) for group in groups]
-
-    def factored(tokens: int) -> Callable[[], None]:
-        return lambda: _each(outputs, lambda out: out.factored(tokens))
-
-    def combined(tokens: int) -> Callable[[], None]:
-        return lambda: _each(outputs, lambda out: out.combined(tokens))
-
-    few, many = _seconds(factored(FEW), device), _seconds(factored(MANY), device)
-    own_few, own_many = _seconds(combined(FEW), device), _seconds(combined(MANY), device)
-    factored_token = max(many - few, 0.0) / (MANY - FEW)
-    combined_token = max(own_many - own_few, 0.0) / (MANY - FEW)
-    return FormCosts(
-        factored_step=few - FEW * factored_token,
-        factored_token=factored_token,
-        combined_task=own_few - FEW * combined_token,
-        combined_token=combined_token,
-        fold=_seconds(lambda: _each(outputs, lambda out: out.fold()), device),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Outputs:
-    """What one group needs to be timed."""
-
-    group: ops.SkillGroup
-    x: Tensor  # [n, I]
-    y: list[Tensor]  # [n, O_g]
-    weights: Tensor  # [G, H, S]
-    spread: Tensor  # [n, H, G*S*r]
-    factors: ops.Factors
-
-    @classmethod
-    def of(cls, group: ops.SkillGroup, tokens: int) -> "_Outputs":
-        like = group.a
-        shape = (group.size, group.heads, group.skills)
-        weights = torch.full(shape, 1 / group.skills, device=like.device)
-        spread = ops.spread(weights, group.rank).repeat(tokens, 1, 1)
-        x = like.new_ones(tokens, group.heads * like.shape[1])
-        y = [like.new_zeros(tokens, group.heads * b.shape[2]) for b in group.b]
-        return cls(group, x, y, weights, spread, ops.fold_factors(group, weights))
-
-    def factored(self, tokens: int) -> None:
-        everything = [(slice(0, tokens), slice(0, tokens))]
-        hidden = ops.factored_shrink(self.x[:tokens], self.group, self.spread[:tokens], everything)
-        for g, y in enumerate(self.y):
-            ops.factored_expand(y[:tokens], hidden, self.group, g)
-
-    def combined(self, tokens: int) -> None:
-        hidden = ops.combined_shrink(self.x[:tokens], self.factors)
-        for g, y in enumerate(self.y):
-            ops.combined_expand(y[:tokens], hidden, self.factors, g)
-
-    def fold(self) -> None:
-        ops.fold_factors(self.group, self.weights)
-
-
-def _each(outputs: Sequence[_Outputs], run: Callable[[_Outputs], None]) -> None:
-    for output in outputs:
-        run(output)
-
-
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    least = float("inf")
-    for _ in range(REPEATS):
-        _settle(device)
-        started = time.perf_counter()
-        run()
-        _settle(device)
-        least = min(least, time.perf_counter() - started)
-    return least
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -10,9 +10,9 @@ from peft import PolyConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks.workload import Work
-from polyhead.adapters.costs import measure_costs
 from polyhead.adapters.inject import find_modules, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
+from polyhead.adapters.measuring import measure_costs
 from polyhead.adapters.plan import RoutedTask
 from polyhead.server.engine.backbone import load_backbone
 from polyhead.server.engine.engine import Engine

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from polyhead.adapters.costs import measure_costs
 from polyhead.adapters.inject import Injection, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
+from polyhead.adapters.measuring import measure_costs
 from polyhead.server.config import Settings
 from polyhead.server.engine.attention import UnsupportedAttention
 from polyhead.server.engine.backbone import (

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyhead.adapters.costs import FormCosts, RentOrBuy, measure_costs
+from polyhead.adapters.costs import FormCosts, RentOrBuy
+from polyhead.adapters.measuring import measure_costs
 from polyhead.adapters.ops import SkillGroup
 
 TABLE = FormCosts(factored_step=8, factored_token=1, combined_task=4, combined_token=0, fold=15)
@@ -111,12 +112,26 @@ class TestRentOrBuy:
             built |= due
         assert built == set("abcd")
 
+    def test_tasks_that_pay_only_together_are_built_one_after_the_other(self) -> None:
+        """Once b is resident only a stands between the step and its fixed cost, so that all of
+        it is a's to save: 1 a step, none with half of it."""
+        costs = FormCosts(8, 1, 9, 0, 15)
+        tokens, renting, built = {"a": 2, "b": 14}, RentOrBuy(), set[str]()
+        for _ in range(40):
+            built |= renting.due(costs, tokens, built)
+        assert built == {"a", "b"}
 
-def test_measured_costs_are_usable() -> None:
+    @pytest.mark.parametrize("order", ["abcd", "dcba", "bdac"])
+    def test_of_equal_tasks_the_first_of_the_step_is_built(self, order: str) -> None:
+        assert RentOrBuy().due(TABLE, dict.fromkeys(order, 100), set()) == {order[0]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measured_costs_are_usable(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(4, 4, 16, 2, generator=generator)
     b = torch.randn(4, 4, 2, 16, generator=generator)
-    costs = measure_costs([SkillGroup.pack([a, a], [b, b], 1.0, torch.float32)] * 3)
+    costs = measure_costs([SkillGroup.pack([a, a], [b, b], 1.0, dtype)] * 3)
     assert all(isfinite(value) for value in vars(costs).values())
     assert costs.factored_token >= 0
     assert costs.combined_token >= 0

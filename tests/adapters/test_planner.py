@@ -174,6 +174,12 @@ def test_a_new_generation_replaces_the_old_one() -> None:
             assert same(outputs(used.build(rows, [5, 1])), expected(rows, [5, 1]))
 
 
+@pytest.mark.parametrize("counts", [[0], [1, 0], [-1, 2]])
+def test_a_row_without_tokens_is_refused(counts: list[int]) -> None:
+    with pytest.raises(PlanError, match=f"expected at least 1; found {min(counts)}"):
+        planner().build(adapters()[1 : len(counts) + 1], counts)
+
+
 class TestStalePlan:
     """The factored tokens' weights lie in one buffer that the next plan writes to."""
 
