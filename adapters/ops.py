@@ -99,10 +99,16 @@ def factored_expand(y: Tensor, hidden: Tensor, group: SkillGroup, g: int) -> Non
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """One task's own A_t and B_t for a group: a `[I, sum of ranks]`, b[g] `[r_g, O_g]` or None."""
+    """One task's own A_t and B_t for a group: a `[I, sum of ranks]`, b[g] `[r_g, O_g]` or None.
+
+    All are contiguous: the compiled kernels know nothing but where they begin.
+    """
 
     a: Tensor
     b: tuple[Tensor | None, ...]
+
+    def __post_init__(self) -> None:
+        assert all(t is None or t.is_contiguous() for t in (self.a, *self.b))
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +123,7 @@ def fold_factors(group: SkillGroup, weights: Tensor) -> Factors:
     for g, b in enumerate(group.b):
         by_skill = b.view(group.heads, group.skills, -1).float()  # [H, S, r*O/H]
         mean = torch.bmm(w[:, g : g + 1], by_skill).view(group.heads, group.rank, -1)
-        b_t.append(mean.transpose(0, 1).reshape(group.rank, -1).to(b.dtype))
+        b_t.append(mean.transpose(0, 1).reshape(group.rank, -1).to(b.dtype).contiguous())
     return Factors(a_t.flatten(0, 1).to(group.a.dtype), tuple(b_t))
 
 

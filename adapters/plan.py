@@ -82,7 +82,7 @@ class Plan:
                 found=str(flat_y.shape[0]),
                 expected=str(self.tokens),
             )
-        if self.compiled is not None:
+        if self.compiled is not None and _kernels_read(x, y):
             self._add_compiled(self.compiled, slot, g, x, flat_y)
             return
         hidden = self._hidden(slot, x)
@@ -96,17 +96,11 @@ class Plan:
     def _add_compiled(
         self, step: CompiledStep, slot: "GroupSlot", g: int, x: Tensor, y: Tensor
     ) -> None:
-        if x.dtype != torch.float32 or y.dtype != torch.float32 or not y.is_contiguous():
-            raise PlanError(
-                "the kernels need contiguous float32 activations",
-                found=f"{x.dtype} to {y.dtype}, strides {y.stride()}",
-            )
         hidden = self._remembered(slot, x)
-        if hidden is None:
+        if not isinstance(hidden, tuple):
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             hidden = step.shrink(slot.group, slot.index, slot.first, flat)
             self._memo = (slot, x, hidden)
-        assert isinstance(hidden, tuple)
         step.expand(slot.group, slot.first, g, hidden, y)
 
     def _remembered(self, slot: "GroupSlot", x: Tensor) -> list[Tensor | None] | Hidden | None:
@@ -122,7 +116,7 @@ class Plan:
         hidden: list[Tensor | None] = [None]
         if self.factored is not None:
             part = self.factored
-            weights, own = part.weights[:, :, slot.columns], flat[part.tokens]
+            weights, own = self._spread(part, slot), flat[part.tokens]
             hidden[0] = ops.factored_shrink(own, slot.group, weights, part.pieces)
         for task in self.combined:
             factors = task.factors[slot.index]
@@ -130,6 +124,12 @@ class Plan:
             hidden.append(shrunk)
         self._memo = (slot, x, hidden)
         return hidden
+
+    def _spread(self, part: FactoredPart, slot: "GroupSlot") -> Tensor:
+        if self.compiled is None:
+            return part.weights[:, :, slot.columns]
+        own = part.weights[:, slot.first : slot.first + slot.group.size]
+        return ops.spread(own, slot.group.rank)
 
     @staticmethod
     def _expand_factored(
@@ -141,6 +141,12 @@ class Plan:
         own = y[part.tokens]
         ops.factored_expand(own, hidden, slot.group, g)
         y[part.tokens] = own
+
+
+def _kernels_read(x: Tensor, y: Tensor) -> bool:
+    """Not where gradients are wanted, for one: the kernels have none."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    return not wanted and x.dtype == y.dtype == torch.float32 and y.is_contiguous()
 
 
 def _expand_combined(

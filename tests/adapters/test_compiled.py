@@ -20,7 +20,6 @@ from polyhead.adapters.compiled import (
     FactorTable,
     compiled_for,
 )
-from polyhead.adapters.errors import PlanError
 from polyhead.adapters.inject import inject
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan
 from polyhead.adapters.planner import Planner
@@ -219,13 +218,22 @@ def test_only_float32_on_few_threads_is_compiled() -> None:
     assert not compiled_for(groups[torch.float32])
 
 
-def test_activations_that_the_kernels_cannot_read_are_refused() -> None:
-    (compiled, _), adapters, slots = planners("factored")
-    plan = compiled.build(adapters[1:2], [3])
-    width, out = slots[0].group.heads * slots[0].group.a.shape[1], slots[0].group.b[0]
-    x, y = torch.ones(3, width), torch.zeros(3, out.shape[0] * out.shape[2])
-    for odd_x, odd_y in [(x.double(), y), (x, y.double()), (x, torch.zeros_like(y.T).T)]:
-        with pytest.raises(PlanError, match="contiguous float32"):
-            plan.add_delta(slots[0], 0, odd_x, odd_y)
+@pytest.mark.parametrize("form", FORMS)
+def test_what_the_kernels_cannot_read_goes_through_torch(form: str) -> None:
+    (compiled, _), adapters, slots = planners(form)
+    rows = [adapters[1], adapters[-1]]
+    compiled.build(rows, [3, 2])
+    plan, group = compiled.build(rows, [3, 2]), slots[0].group
+    x = torch.randn(5, group.heads * group.a.shape[1])
+    plain = torch.zeros(5, group.heads * group.b[0].shape[2])
+    turned = torch.zeros(plain.T.shape).T
+    with torch.no_grad():
+        plan.add_delta(slots[0], 0, x, plain)
+        plan.add_delta(slots[0], 0, x, turned)
+    x, y = x.clone().requires_grad_(), torch.zeros_like(plain)
     plan.add_delta(slots[0], 0, x, y)
-    assert y.count_nonzero()
+    for found in (turned, y.detach()):
+        assert far(found, plain) < EXACT
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum(1).count_nonzero() == 5
