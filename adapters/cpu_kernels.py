@@ -13,8 +13,10 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
+
+cgutils: Any = untyped_cgutils
 
 BLOCK = 48
 """Tokens whose intermediate products stay in the first cache between two products."""
@@ -75,7 +77,7 @@ def _tile(rows: int, width: int, unroll: int) -> Callable[..., Any]:
     def tile(_context: Any, y: Any, ldy: Any, x: Any, ldx: Any, b: Any, ldb: Any, k: Any) -> Any:
         return types.void(y, ldy, x, ldx, b, ldb, k), generate
 
-    return intrinsic(tile)  # type: ignore[no-any-return]
+    return intrinsic(tile)
 
 
 _tile_6_16, _tile_4_16, _tile_1_16 = _tile(6, 16, 1), _tile(4, 16, 1), _tile(1, 16, 4)
@@ -85,9 +87,9 @@ _tile_1_1 = _tile(1, 1, 4)
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     try:
-        return numba.njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # nowhere to write the cache: compile it in every process
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled

@@ -181,7 +181,9 @@ class Planner:
 
     def _compiled_step(self, plan: Plan, places: dict[str, list[int]]) -> CompiledStep:
         part = plan.factored
-        factored = part and CompiledFactored.of(part.tokens, part.weights, part.pieces)
+        factored = None
+        if part is not None:
+            factored = CompiledFactored.of(part.tokens, part.weights, part.pieces)
         tables = [self._tables[key] for key in places]
         positions = list(places.values())
         combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
