@@ -46,7 +46,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing Polyhead and what it needs into .venv; this takes a few minutes once."
-	$(PIP) install --no-compile --editable '.[server,demo,dev]'
+	$(PIP) install --no-compile --editable '.[server,train,demo,dev]'
 	touch $@
 
 $(WHEEL): | $(INSTALLED)

@@ -1,0 +1,157 @@
+"""A frozen backbone with trained adapters in it: losses and exact matches of packed batches."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from polyhead.adapters.errors import InjectionError
+from polyhead.adapters.inject import linear_shape
+from polyhead.adapters.inventory import ModuleShape
+from polyhead.adapters.layers import RoutedLinear
+from polyhead.adapters.training.encode import TrainingBatch
+from polyhead.adapters.training.factors import Source
+from polyhead.adapters.training.layers import Board, TrainedLinear
+
+
+class Trainable(nn.Module):
+    """A backbone whose adapted layers take their A and B from `source`, which may be exchanged.
+
+    The backbone is frozen and stays in evaluation mode. `detach` gives it back bit-identical.
+    Its parameters are the source's; the backbone's own do not appear, so optimisers, gradient
+    synchronisation and state dictionaries see only what is trained.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: Sequence[ModuleShape],
+        source: Source,
+        scaling: float,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        """checkpointing: keep no activations inside a block, compute them again in backward.
+
+        Raises `InjectionError` when the backbone lacks a module or carries adapters already.
+        """
+        super().__init__()
+        model.train(False)
+        self.source = source
+        self._held = [model]  # in a list, for nn.Module must not register it
+        self._board = Board()
+        head = _output_head(model)
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        self._keep: Tensor | None = None
+        self._originals = _originals(model, modules)
+        self._checkpointed = _checkpointed(model) if checkpointing else []
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        for name, layer in self._originals.items():
+            model.set_submodule(name, TrainedLinear(layer, name, self._board, scaling))
+        self._hook = head.register_forward_pre_hook(self._answer_places)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The backbone."""
+        return self._held[0]
+
+    def forward(self, batch: TrainingBatch) -> Tensor:
+        """Each example's loss `[E]`: the mean cross-entropy of its answer's tokens."""
+        logits = self.answer_logits(batch)
+        each = F.cross_entropy(logits.float(), batch.gold, reduction="none")  # [P]
+        sums = each.new_zeros(batch.examples).index_add(0, batch.example_of, each)
+        return sums / batch.answer_tokens
+
+    @torch.no_grad()
+    def exact(self, batch: TrainingBatch) -> Tensor:
+        """`[E]` bool: would greedy decoding give exactly the answer, end-of-text included?"""
+        wrong = (self.answer_logits(batch).argmax(-1) != batch.gold).long()  # [P]
+        misses = wrong.new_zeros(batch.examples).index_add(0, batch.example_of, wrong)
+        return misses == 0
+
+    def answer_logits(self, batch: TrainingBatch) -> Tensor:
+        """`[P, vocabulary]`: the logits from which each answer token is predicted."""
+        plain = len(batch.tasks) == len(batch.row_task)
+        factors = self.source.factors(batch.tasks)
+        self._board.factors = factors.rows(None if plain else batch.row_slot)
+        self._keep = batch.predict_at
+        try:
+            out = cast(Any, self.model)(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                attention_mask=batch.mask(self.model.dtype),
+                use_cache=False,
+            )
+        finally:
+            self._keep = None
+        return cast(Tensor, out.logits[0])
+
+    def bare(self) -> None:
+        """Forget the last batch, so that the backbone alone answers until the next one."""
+        self._board.factors = None
+
+    def detach(self) -> PreTrainedModel:
+        """Put the original layers back and return the backbone."""
+        self._hook.remove()
+        for name, layer in self._originals.items():
+            self.model.set_submodule(name, layer)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        for block in self._checkpointed:
+            del block.forward
+        return self.model
+
+    def _answer_places(self, _head: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """Cuts the output head's input `[B, L, D]` to `[1, P, D]`: the head is a fifth of a small
+        model, and most tokens are prompt."""
+        if self._keep is None:
+            return None
+        hidden = args[0].flatten(0, 1).index_select(0, self._keep)
+        return (hidden.unsqueeze(0), *args[1:])
+
+
+def _output_head(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(head, nn.Module):
+        raise InjectionError("the backbone has no output head", field="backbone")
+    return head
+
+
+def _originals(model: PreTrainedModel, modules: Sequence[ModuleShape]) -> dict[str, nn.Module]:
+    layers = dict(model.named_modules())
+    for name, layer in layers.items():
+        if isinstance(layer, RoutedLinear | TrainedLinear):
+            raise InjectionError("the backbone carries adapters already", field=name)
+    found: dict[str, nn.Module] = {}
+    for module in modules:
+        layer = layers.get(module.name)
+        shape = None if layer is None else linear_shape(layer)
+        if layer is None or shape != (module.in_features, module.out_features):
+            raise InjectionError(
+                "the backbone has no such linear layer",
+                field=module.name,
+                found="nothing" if layer is None else f"{type(layer).__name__} {shape}",
+                expected=f"a linear layer {(module.in_features, module.out_features)}",
+            )
+        found[module.name] = layer
+    return found
+
+
+def _checkpointed(model: PreTrainedModel) -> list[nn.Module]:
+    """Checkpoint every block, without transformers' own switch: that asks for training mode, which
+    would turn on dropout in the frozen backbone as well."""
+    blocks: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)
+    ]
+    if not blocks:
+        raise InjectionError("the backbone has no blocks to checkpoint", field="checkpointing")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return blocks
