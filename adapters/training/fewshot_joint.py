@@ -1,0 +1,297 @@
+"""Many tasks learn together by one method: one batch a step, every row with its own parameters.
+
+A task with held-out examples has one learner for each split, and one that learns from all of its
+examples. They take the same steps side by side; the splits' scores tell at which step the last
+one is to be kept. Nothing that a task learns depends on the other tasks.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
+from polyhead.adapters.training.fewshot_adam import OwnersAdam
+from polyhead.adapters.training.fewshot_history import History
+from polyhead.adapters.training.fewshot_methods import Learners, Snapshot
+from polyhead.adapters.training.fewshot_types import FitOptions, FitProgress
+from polyhead.adapters.training.holdout import Split
+from polyhead.adapters.training.trainable import Trainable
+
+SCORINGS = 6
+"""How often held-out examples are scored on the way."""
+LAST_RATE = 0.1
+"""What part of the learning rate is left at the last step; it falls in a straight line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A task that is ready to be fitted: its tokens and which of them are held out when."""
+
+    name: str
+    encoded: tuple[Encoded, ...]
+    splits: tuple[Split, ...]
+    options: FitOptions
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """One set of parameters: what it learns from and what it is scored on."""
+
+    examples: tuple[Encoded, ...]
+    held_out: tuple[Encoded, ...]
+    options: FitOptions
+
+    def draw(self, step: int) -> list[Encoded]:
+        """The examples of a step (from 0): every example once before any comes again.
+
+        A function of seed and step alone, so that a resumed fit goes on as it would have.
+        """
+        count = len(self.examples)
+        size = min(self.options.batch_examples, count)
+        places = range(step * size, (step + 1) * size)
+        orders = {place // count: self._order(place // count) for place in places}
+        return [self.examples[orders[place // count][place % count]] for place in places]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.options.seed}/{epoch}").shuffle(order)
+        return order
+
+
+@dataclass
+class TaskRun:
+    """One task's way through the fit. `keeper` is the learner whose parameters it will have."""
+
+    name: str
+    options: FitOptions
+    scored: list[int]
+    keeper: int
+    history: History = field(default_factory=History)
+    best: Snapshot | None = None
+    loss: float = float("nan")
+    seconds: float = 0.0
+    finished: bool = False
+    cancelled: bool = False
+
+    def scores_at(self, step: int) -> bool:
+        every = max(1, self.options.steps // SCORINGS)
+        return bool(self.scored) and (step % every == 0 or step == self.options.steps)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How a fit talks to whoever runs it."""
+
+    report: Callable[[FitProgress], None]
+    pause: Callable[[], None]
+    cancelled: Callable[[str], bool]
+    scored: Callable[[], None]  # after held-out scores: a good moment to save the state
+
+
+def learners_of(tasks: Sequence[Prepared]) -> tuple[list[Learner], list[TaskRun]]:
+    """Every split's learner and the one for all examples, task after task."""
+    learners: list[Learner] = []
+    runs: list[TaskRun] = []
+    for task in tasks:
+        first = len(learners)
+        for split in task.splits:
+            own, held = (
+                tuple(task.encoded[i] for i in part) for part in (split.train, split.held_out)
+            )
+            learners.append(Learner(own, held, task.options))
+        scored = list(range(first, len(learners)))
+        learners.append(Learner(task.encoded, (), task.options))
+        runs.append(TaskRun(task.name, task.options, scored, keeper=len(learners) - 1))
+    return learners, runs
+
+
+class JointFit:
+    """Runs the steps. `state` and `resume` carry it over the end of a process."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        learners: Sequence[Learner],
+        runs: Sequence[TaskRun],
+        parameters: Learners,
+        hooks: Hooks,
+        micro_tokens: int,
+    ) -> None:
+        """parameters: one slice for each learner. micro_tokens: the most tokens of one forward and
+        backward pass, between which the hooks are asked to pause."""
+        self.step = 0
+        self.runs = list(runs)
+        self._trainable = trainable
+        self._learners = list(learners)
+        self._parameters = parameters
+        self._hooks = hooks
+        self._micro_tokens = micro_tokens
+        self._adam = OwnersAdam(parameters.owned)
+        trainable.source = parameters.source
+
+    def run(self) -> None:
+        """Until every task is finished or cancelled."""
+        began = time.monotonic()
+        while live := self._live():
+            self._learn(live)
+            self.step += 1
+            spent, began = time.monotonic() - began, time.monotonic()
+            for run in live:
+                run.seconds += spent
+            self._after_step(live)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain facts, taken between two steps."""
+        tensors: dict[str, Tensor] = {}
+        for one, mean, square in zip(
+            self._adam.owned, self._adam.mean, self._adam.square, strict=True
+        ):
+            tensors |= {f"now/{one.name}": one.parameter.detach(), f"mean/{one.name}": mean}
+            tensors[f"square/{one.name}"] = square
+        for number, run in enumerate(self.runs):
+            tensors |= {f"best/{number}/{name}": t for name, t in (run.best or {}).items()}
+        return tensors, {"step": self.step, "runs": [_facts(run) for run in self.runs]}
+
+    def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from a `state` of a fit that was built alike."""
+        self.step = facts["step"]
+        for i, one in enumerate(self._adam.owned):
+            one.parameter.data.copy_(tensors[f"now/{one.name}"])
+            self._adam.mean[i].copy_(tensors[f"mean/{one.name}"])
+            self._adam.square[i].copy_(tensors[f"square/{one.name}"])
+        for number, (run, found) in enumerate(zip(self.runs, facts["runs"], strict=True)):
+            run.history = History(**found["history"])
+            run.loss, run.seconds = found["loss"], found["seconds"]
+            run.finished, run.cancelled = found["finished"], found["cancelled"]
+            head = f"best/{number}/"
+            best = {key.removeprefix(head): t for key, t in tensors.items() if key.startswith(head)}
+            run.best = best or None
+
+    def _live(self) -> list[TaskRun]:
+        for run in self.runs:
+            run.cancelled = run.cancelled or (not run.finished and self._hooks.cancelled(run.name))
+        return [run for run in self.runs if not (run.finished or run.cancelled)]
+
+    def _learn(self, live: Sequence[TaskRun]) -> None:
+        work = {
+            learner: self._learners[learner].draw(self.step)
+            for run in live
+            for learner in (*run.scored, run.keeper)
+        }
+        losses = torch.zeros(len(self._learners))
+        for part in micro_batches(work, self._micro_tokens):
+            self._hooks.pause()
+            batch = self._pack(part)
+            shares = torch.tensor([1 / len(work[learner]) for learner, _ in part])
+            weighted = self._trainable(batch) * shares.to(batch.input_ids.device)
+            weighted.sum().backward()
+            owners = torch.tensor(batch.example_task)
+            losses.index_add_(0, owners, weighted.detach().float().cpu())
+        self._adam.step(self.step + 1, self._rates(live))
+        for run in live:
+            run.loss = float(losses[run.keeper])
+
+    def _rates(self, live: Sequence[TaskRun]) -> list[Tensor]:
+        """`[T]` for each parameter; 0 for learners of tasks that have stopped."""
+        rates = []
+        for owned in self._parameters.owned:
+            rate = torch.zeros(len(self._learners))
+            for run in live:
+                part = 1 - (1 - LAST_RATE) * self.step / run.options.steps
+                own = part * self._parameters.rate(owned, run.options)
+                rate[[*run.scored, run.keeper]] = own
+            rates.append(rate.to(owned.parameter.device))
+        return rates
+
+    def _after_step(self, live: Sequence[TaskRun]) -> None:
+        due = [run for run in live if run.scores_at(self.step)]
+        if due:
+            self._score(due)
+        for run in live:
+            if run.scored and run.history.exhausted(run.options.patience):
+                run.finished = True
+            if self.step >= run.options.steps:
+                run.finished = True
+                run.best = run.best or self._parameters.snapshot(run.keeper)
+            self._hooks.report(self._progress(run))
+        if due:
+            self._hooks.scored()
+
+    def _score(self, due: Sequence[TaskRun]) -> None:
+        began = time.monotonic()
+        work = {
+            learner: list(self._learners[learner].held_out) for run in due for learner in run.scored
+        }
+        right: dict[int, list[bool]] = {learner: [] for learner in work}
+        losses: dict[int, list[float]] = {learner: [] for learner in work}
+        for part in micro_batches(work, self._micro_tokens):
+            self._hooks.pause()
+            exact, loss = score_batch(self._trainable, self._pack(part))
+            for (learner, _), hit, value in zip(part, exact.tolist(), loss.tolist(), strict=True):
+                right[learner].append(hit)
+                losses[learner].append(value)
+        for run in due:
+            all_right = [hit for learner in run.scored for hit in right[learner]]
+            all_losses = [value for learner in run.scored for value in losses[learner]]
+            run.history.add(self.step, all_right, all_losses)
+            run.seconds += time.monotonic() - began
+            if run.history.improved:
+                run.best = self._parameters.snapshot(run.keeper)
+
+    def _pack(self, part: Sequence[tuple[int, Encoded]]) -> TrainingBatch:
+        batch = pack([one for _, one in part], [learner for learner, _ in part])
+        return batch.to(self._trainable.model.device)
+
+    def _progress(self, run: TaskRun) -> FitProgress:
+        steps = self.step if run.finished else run.options.steps
+        method = self._parameters.method
+        return FitProgress(run.name, method, self.step, steps, run.loss, run.history.last)
+
+
+@torch.no_grad()
+def score_batch(trainable: Trainable, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Exact match `[E]` bool and loss `[E]` of each example, from one forward pass."""
+    logits = trainable.answer_logits(batch).float()
+    each = F.cross_entropy(logits, batch.gold, reduction="none")
+    wrong = (logits.argmax(-1) != batch.gold).float()
+    sums = each.new_zeros(2, batch.examples).index_add(
+        1, batch.example_of, torch.stack([wrong, each])
+    )
+    return sums[0] == 0, sums[1] / batch.answer_tokens
+
+
+def micro_batches(
+    work: Mapping[int, Sequence[Encoded]], tokens: int
+) -> list[list[tuple[int, Encoded]]]:
+    """Pairs of learner and example in parts of at most about `tokens`, learners kept whole where
+    they fit; an example longer than that is a part by itself."""
+    parts: list[list[tuple[int, Encoded]]] = [[]]
+    used = 0
+    for learner, examples in work.items():
+        size = sum(map(len, examples))
+        if used and used + size > tokens:
+            parts.append([])
+            used = 0
+        for example in examples:
+            if used and used + len(example) > tokens:
+                parts.append([])
+                used = 0
+            parts[-1].append((learner, example))
+            used += len(example)
+    return [part for part in parts if part]
+
+
+def _facts(run: TaskRun) -> dict[str, Any]:
+    return {
+        "history": vars(run.history),
+        "loss": run.loss,
+        "seconds": run.seconds,
+        "finished": run.finished,
+        "cancelled": run.cancelled,
+    }
