@@ -1,0 +1,1 @@
+"""Real text-to-text tasks, built from data that installable packages ship."""

@@ -1,0 +1,57 @@
+"""What a task of the suite is, before and after it is split."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+from benchmarks.tasks.sources import Source
+
+TEMPLATE = "{input}\n"
+HELD_SHARE = 0.4
+"""Of the words and emoji; held-out tasks need 264 items each, training tasks up to 1,264."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A candidate example, best first in its list.
+
+    `entity` names what the pair is about (a word family, an emoji, a time of day). Each entity
+    belongs either to the training tasks or to the held-out ones. Empty: nothing to keep apart.
+    """
+
+    input: str
+    output: str
+    entity: str = ""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task and where its candidates come from.
+
+    `description` is an instruction that a bare model can be prompted with. `choices` are the
+    answers of a classification task; its splits are balanced over them.
+    """
+
+    name: str
+    kind: str
+    description: str
+    sources: tuple[Source, ...]
+    candidates: Callable[[], Iterable[Pair]]
+    held_out: bool = False
+    choices: tuple[str, ...] | None = None
+
+
+def normal(text: str) -> str:
+    """How inputs are compared: two that differ in case or in outer spaces are the same."""
+    return text.strip().casefold()
+
+
+def rank(*parts: str) -> str:
+    """A fixed pseudo-random order that depends on nothing but the words themselves."""
+    return hashlib.sha256("\t".join(parts).encode()).hexdigest()
+
+
+@cache
+def is_held(entity: str) -> bool:
+    return int(rank("side", entity)[:8], 16) < HELD_SHARE * 2**32
