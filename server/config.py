@@ -61,6 +61,18 @@ class Settings(BaseSettings):
     task_cache_bytes: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of tasks kept resident; others wait on disk"
     )
+    fit_share: float = Field(
+        0.3, gt=0, le=1, description="Share of the time a fit may compute while requests run"
+    )
+    max_fit_examples: int = Field(512, ge=1, le=1024, description="Examples in one fit")
+    max_fit_tokens: int = Field(
+        512, ge=4, description="Tokens of one example with its template and answer"
+    )
+    max_fit_jobs: int = Field(256, ge=1, description="Fits queued or running before 503")
+    fit_batch_jobs: int = Field(16, ge=1, description="Fits that are computed together at most")
+    fit_idle_seconds: float = Field(
+        60.0, ge=0, description="How long the fitting process is kept without work"
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )

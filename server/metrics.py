@@ -1,7 +1,7 @@
 """What is counted, under the names that vLLM's dashboards chart, after the prefix `polyhead_`."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -52,11 +52,18 @@ class Metrics:
         self.cached_tokens = counter("prompt_tokens_cached", "Prompt tokens not computed again")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
         self.finished = counter("request_success", "Choices that ended", "finished_reason")
+        self.fit_jobs = counter("fit_jobs", "Fits that ended", "state")
+        self.fit_seconds = counter("fit_seconds", "Time during which a fit ran or paused")
+        self.fit_worker_deaths = counter("fit_worker_deaths", "Fitting processes lost in a fit")
         self.refused = counter("request_refusals", "Calls answered with a problem", "code")
 
     def watch_load(self, load: Callable[[], Load]) -> None:
         """Read `load` at every scrape for the gauges of the engine."""
         self.registry.register(_LoadGauges(load))
+
+    def watch_jobs(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Read `counts`, jobs by state, at every scrape."""
+        self.registry.register(_JobGauges(counts))
 
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -107,6 +114,20 @@ class _LoadGauges(Collector):
             "num_requests_waiting", "Sequences in line: a request has one per choice", waiting
         )
         yield _gauge("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", used)
+
+
+class _JobGauges(Collector):
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def describe(self) -> list[Metric]:
+        """Nothing: else registering would read the database, which may not be there yet."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts()
+        yield _gauge("fit_jobs_queued", "Fits in line", counts.get("queued", 0))
+        yield _gauge("fit_jobs_running", "Fits being computed", counts.get("running", 0))
 
 
 def _gauge(key: str, text: str, value: float) -> Metric:

@@ -38,6 +38,7 @@ class Loaded:
     """A backbone with its inventory injected, and everything to build an engine from."""
 
     settings: Settings
+    folder: Path  # of the backbone
     model: PreTrainedModel
     tokenizer: Tokenizer
     inventory: Inventory
@@ -89,4 +90,4 @@ def load(settings: Settings) -> Loaded:
     limit = int(getattr(model.config, "max_position_embeddings", 0) or settings.kv_cache_tokens)
     context = min(limit, settings.max_context or limit, settings.kv_cache_tokens)
     logger.info("backbone %s on %s as %s", reference.name, device, model.dtype)
-    return Loaded(settings, model, tokenizer, inventory, injection, reference, context)
+    return Loaded(settings, folder, model, tokenizer, inventory, injection, reference, context)

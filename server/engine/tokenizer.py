@@ -16,7 +16,7 @@ class Tokenizer:
     """A backbone's tokenizer. Thread-safe: nothing here changes after construction."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, extra_stops: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+        self.transformers = tokenizer
         self.fast: FastTokenizer = tokenizer.backend_tokenizer
         self.vocab_size = self.fast.get_vocab_size()
         own = tokenizer.eos_token_id
@@ -40,7 +40,7 @@ class Tokenizer:
         Raises `NoChatTemplate` with the template's own reason.
         """
         try:
-            text: Any = self._tokenizer.apply_chat_template(
+            text: Any = self.transformers.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except Exception as exc:  # templates raise whatever they like

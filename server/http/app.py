@@ -10,17 +10,31 @@ from fastapi import FastAPI
 
 from polyhead.server.config import Settings
 from polyhead.server.engine.loading import Loaded
-from polyhead.server.http import generate, health, inventory, problems, score, tasks
+from polyhead.server.fitting.board import Board
+from polyhead.server.fitting.lane import Lane, LaneOptions
+from polyhead.server.fitting.process import WorkerOptions
+from polyhead.server.http import (
+    fitting,
+    generate,
+    health,
+    inventory,
+    jobs,
+    problems,
+    score,
+    tasks,
+)
 from polyhead.server.http.admission import Admission
 from polyhead.server.http.answerers import Answerers
 from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
+from polyhead.server.http.job_schemas import FitBody
 from polyhead.server.http.limits import BodyLimit
 from polyhead.server.http.request_ids import RequestIds
 from polyhead.server.http.schemas import EditBody, GenerateBody, ScoreBody, TaskBody
 from polyhead.server.http.service import Service
 from polyhead.server.metrics import Metrics
 from polyhead.server.tasks.catalogue import Catalogue
+from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
 
 
@@ -40,10 +54,13 @@ def create_app(
         bridge = Bridge(asyncio.get_running_loop(), metrics)
         app.state.service = service = _service(settings, loaded, registry, bridge, metrics)
         metrics.watch_load(service.load)
+        metrics.watch_jobs(service.jobs.counts)
         service.engine.start()
+        service.lane.start()
         try:
             yield
         finally:
+            await asyncio.to_thread(service.lane.stop)
             await asyncio.to_thread(service.engine.stop)
 
     app = FastAPI(
@@ -58,9 +75,9 @@ def create_app(
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestIds)
     problems.install(app, metrics)
-    for module in (generate, score, tasks, inventory, health):
+    for module in (generate, score, tasks, fitting, jobs, inventory, health):
         app.include_router(module.router)
-    document(app, GenerateBody, ScoreBody, TaskBody, EditBody)
+    document(app, GenerateBody, ScoreBody, TaskBody, EditBody, FitBody)
     return app
 
 
@@ -76,14 +93,40 @@ def _service(
         max_context=loaded.max_context,
         vocabulary=min(embeddings.num_embeddings, loaded.tokenizer.vocab_size),
     )
+    engine = loaded.engine(bridge.publish, bridge.died)
+    board, job_list = Board(), Jobs(registry, settings.max_fit_jobs)
     return Service(
         settings=settings,
-        engine=loaded.engine(bridge.publish, bridge.died),
+        engine=engine,
         bridge=bridge,
         tokenizer=loaded.tokenizer,
         inventory=loaded.inventory,
         registry=registry,
+        jobs=job_list,
+        board=board,
+        lane=Lane(
+            job_list,
+            loaded.inventory,
+            board,
+            metrics,
+            lambda: bool(engine.stats().requests),
+            _lane_options(settings, loaded),
+        ),
         admission=admission,
         metrics=metrics,
         pool=Pool(),
+    )
+
+
+def _lane_options(settings: Settings, loaded: Loaded) -> LaneOptions:
+    worker = WorkerOptions(
+        backbone=str(loaded.folder),
+        inventory=str(settings.inventory),
+        device=str(loaded.model.device),
+        share=settings.fit_share,
+        threads=settings.threads,
+        max_tokens=settings.max_fit_tokens,
+    )
+    return LaneOptions(
+        worker, settings.data_dir / "fits", settings.fit_batch_jobs, settings.fit_idle_seconds
     )

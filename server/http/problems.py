@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from polyhead.adapters import errors as adapters
+from polyhead.adapters.training import errors as training
 from polyhead.server.engine import errors as engine
 from polyhead.server.http import errors as http
 from polyhead.server.http.errors import FieldError, shown
@@ -60,6 +61,10 @@ KINDS: Mapping[type[Exception], Kind] = {
     adapters.InjectionError: INTERNAL,
     adapters.PlanError: INTERNAL,
     adapters.ConversionError: INTERNAL,
+    training.TrainingError: INVALID,
+    training.DataError: INVALID,
+    training.ConfigError: INVALID,
+    training.CheckpointError: INTERNAL,
     engine.EngineError: INTERNAL,
     engine.BackboneError: INTERNAL,
     engine.EngineFull: Kind(503, "engine_full", "The waiting line is full"),
@@ -74,6 +79,10 @@ KINDS: Mapping[type[Exception], Kind] = {
     tasks.ReservedId: Kind(422, "reserved_id", "The id is reserved"),
     tasks.InvalidCursor: Kind(422, "invalid_cursor", "The cursor is not one of ours"),
     tasks.NotARouting: Kind(422, "not_a_routing", "The task has a private adapter"),
+    tasks.UnknownJob: Kind(404, "unknown_job", "No such job"),
+    tasks.TaskBeingFitted: Kind(409, "task_being_fitted", "The task is being fitted"),
+    tasks.JobEnded: Kind(409, "job_ended", "The job has ended"),
+    tasks.TooManyJobs: Kind(503, "too_many_jobs", "The line of jobs is full"),
     tasks.InventoryMismatch: INTERNAL,
     tasks.SchemaTooNew: INTERNAL,
     tasks.RegistryUnavailable: Kind(503, "registry_unavailable", "The registry cannot be reached"),

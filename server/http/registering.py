@@ -32,11 +32,12 @@ class Registration:
     file: bytes | None = None
 
     def content(self, inventory: Inventory) -> Content | None:
-        """The numbers, checked against `inventory`; None where the task is to be a copy.
+        """The numbers, checked against `inventory`; None where they are to come from elsewhere:
+        a copy's source, a fit.
 
         Raises `InvalidValue`, `RoutingError`, `PrivateAdapterError`.
         """
-        self._one_source()
+        self.check_sources()
         if self.file is not None:
             return Routing.from_safetensors(self.file, inventory.layout)
         if self.body.routing is not None:
@@ -45,12 +46,14 @@ class Registration:
             return read_private(self.body.private_adapter.safetensors, inventory)
         return None
 
-    def _one_source(self) -> None:
+    def check_sources(self) -> None:
+        """Raises `InvalidValue` unless exactly one source of numbers is given."""
         body = self.body
         sources = {
             "routing": body.routing is not None or self.file is not None,
             "copy_of": body.copy_of is not None,
             "private_adapter": body.private_adapter is not None,
+            "examples": body.examples is not None,
         }
         given = [name for name, there in sources.items() if there]
         if body.routing is not None and self.file is not None:
@@ -61,6 +64,10 @@ class Registration:
                 "give one of these fields",
                 found=" and ".join(given) or "none",
                 expected="exactly one of " + ", ".join(sources),
+            )
+        if body.fit is not None and body.examples is None:
+            raise InvalidValue.of(
+                "fit", "given without examples", found="fit", expected="examples beside it"
             )
 
 

@@ -179,6 +179,44 @@ class ScoreBody(Asking):
     choices: Annotated[list[TextOrIds], Field(fail_fast=True)] = Field(min_length=1)
 
 
+class ExampleBody(Body):
+    """An input and the answer that the task is to give."""
+
+    input: str
+    output: str
+
+
+Examples = Annotated[list[ExampleBody], Field(min_length=1)]
+
+
+class FitOptionsBody(Body):
+    """How a task is fitted; what is left out suits most tasks."""
+
+    method: Literal["auto", "z", "mhr", "mu", "lora"] = "auto"
+    steps: int | None = Field(None, ge=1, le=10_000)
+    rate: float | None = Field(None, gt=0, le=1, description="Learning rate of skills")
+    logits_rate: float | None = Field(None, gt=0, le=10, description="Of the routing's logits")
+    seed: int | None = Field(None, ge=0, le=2**31 - 1)
+    holdout: float | None = Field(
+        None, gt=0, lt=1, description="Share of the examples that the score is taken on"
+    )
+    folds: int | None = Field(
+        None, ge=2, le=20, description="Parts that take turns at being held out"
+    )
+    prompted: bool = Field(False, description="Score the bare backbone, prompted, as well")
+
+    @model_validator(mode="after")
+    def _one_way_of_scoring(self) -> "FitOptionsBody":
+        if self.holdout is not None and self.folds is not None:
+            raise InvalidValue.of(
+                "fit.folds",
+                "give one of these fields",
+                found="holdout and folds",
+                expected="at most one of holdout, folds",
+            )
+        return self
+
+
 class TaskFields(Body):
     """What a task may carry beside its adapter."""
 
@@ -188,7 +226,8 @@ class TaskFields(Body):
 
 
 class TaskBody(TaskFields):
-    """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`.
+    """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`
+    and, in `POST` only, `examples`.
 
     In a multipart form the routing is the file of the part `routing` instead.
     """
@@ -197,6 +236,8 @@ class TaskBody(TaskFields):
     routing: RoutingBody | None = None
     copy_of: TaskId | None = None
     private_adapter: PrivateAdapterBody | None = None
+    examples: Examples | None = None
+    fit: FitOptionsBody | None = Field(None, description="With examples only")
 
 
 class EditBody(TaskFields):

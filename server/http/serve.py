@@ -77,7 +77,10 @@ class Server(uvicorn.Server):
         service: Service = self._app.state.service
         end = time.monotonic() + self._drain_seconds
         try:
-            await asyncio.to_thread(service.engine.drain, self._drain_seconds)
+            await asyncio.gather(
+                asyncio.to_thread(service.engine.drain, self._drain_seconds),
+                asyncio.to_thread(service.lane.stop),
+            )
             while service.bridge.waiting and time.monotonic() < end:
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(service.engine.stop)  # aborts, and so answers, what is left

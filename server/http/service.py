@@ -9,10 +9,13 @@ from polyhead.server.config import Settings
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.errors import EngineDead, EngineDraining, EngineError
 from polyhead.server.engine.tokenizer import Tokenizer
+from polyhead.server.fitting.board import Board
+from polyhead.server.fitting.lane import Lane
 from polyhead.server.http.admission import Admission
 from polyhead.server.http.bodies import Pool
 from polyhead.server.http.bridge import ENGINE_STOPPED, Bridge
 from polyhead.server.metrics import Load, Metrics
+from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
 
 
@@ -26,6 +29,9 @@ class Service:
     tokenizer: Tokenizer
     inventory: Inventory
     registry: Registry
+    jobs: Jobs
+    board: Board
+    lane: Lane
     admission: Admission
     metrics: Metrics
     pool: Pool

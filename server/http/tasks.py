@@ -1,11 +1,10 @@
 """`/tasks`: register, list, read, replace, edit, remove."""
 
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
 from polyhead.adapters.routing import Routing
@@ -13,6 +12,9 @@ from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.checks import unknown_task
 from polyhead.server.http.errors import InvalidValue, shown
+from polyhead.server.http.fitting import accepted, refuse_holdout, submit_new
+from polyhead.server.http.job_schemas import JobAnswer
+from polyhead.server.http.parameters import Holdout, IfMatch, TaskId, TheService
 from polyhead.server.http.registering import (
     Registration,
     given_fields,
@@ -26,39 +28,17 @@ from polyhead.server.http.schemas import (
     TaskAnswer,
     TaskPage,
 )
-from polyhead.server.http.service import Service, the_service
+from polyhead.server.http.service import Service
 from polyhead.server.tasks.catalogue import BASE
 from polyhead.server.tasks.errors import NotARouting, UnknownTask
-from polyhead.server.tasks.task import ID_PATTERN, Task
+from polyhead.server.tasks.task import Task
 
 router = APIRouter(prefix="/tasks")
 
 T = TypeVar("T")
 
 MAX_PAGE = 1000
-TheService = Annotated[Service, Depends(the_service)]
 Registered = Annotated[Registration, Depends(registration)]
-
-
-def _known_form(task_id: str) -> str:
-    if not ID_PATTERN.fullmatch(task_id):
-        raise UnknownTask(task_id)
-    return task_id
-
-
-def _if_match(if_match: Annotated[str | None, Header()] = None) -> str | None:
-    """The generation that the task must be at; None where any will do."""
-    if if_match is None or if_match.strip() == "*":
-        return None
-    quoted = re.fullmatch(r'\s*"([^"]*)"\s*', if_match)
-    if quoted is None:
-        raise InvalidValue.of(
-            "header.If-Match",
-            "not one strong tag",
-            found=shown(if_match),
-            expected="a task's generation in double quotes, or *",
-        )
-    return quoted[1]
 
 
 def _filter(metadata: Annotated[list[str], Query()] = []) -> dict[str, str]:  # noqa: B006
@@ -74,14 +54,22 @@ def _filter(metadata: Annotated[list[str], Query()] = []) -> dict[str, str]:  # 
     return pairs
 
 
-TaskId = Annotated[str, Depends(_known_form)]
-IfMatch = Annotated[str | None, Depends(_if_match)]
 Filter = Annotated[dict[str, str], Depends(_filter)]
 
 
-@router.post("", status_code=201, response_model=TaskAnswer, openapi_extra=takes_registration())
-async def create(registered: Registered, service: TheService) -> Response:
-    """Register a task; it is on disk, and served, when the answer comes."""
+@router.post(
+    "",
+    status_code=201,
+    response_model=TaskAnswer,
+    responses={202: {"model": JobAnswer, "description": "A job will register the task"}},
+    openapi_extra=takes_registration(),
+)
+async def create(registered: Registered, service: TheService, holdout: Holdout = None) -> Response:
+    """Register a task; it is on disk, and served, when the answer comes. From `examples` it is
+    fitted first: the answer is the job, on disk, and the task is there once that has succeeded."""
+    if registered.body.examples is not None:
+        return accepted(await service.pool.run(submit_new, service, registered, holdout))
+    refuse_holdout(holdout)
     task = await service.pool.run(_create, service, registered)
     return _answer(task, 201, {"Location": f"/tasks/{task.id}"})
 
@@ -181,6 +169,13 @@ def _replace(
             "id", "differs from the path's", found=shown(body.id), expected=repr(task_id)
         )
     fields = given_fields(body, service.settings)
+    if registered.body.examples is not None:
+        raise InvalidValue.of(
+            "examples",
+            "not taken here",
+            found=shown(body.examples),
+            expected=f"POST /tasks/{task_id}/fit, which fits a task that exists",
+        )
     content = registered.content(service.inventory)
     if content is None:
         name = str(body.copy_of)

@@ -9,6 +9,10 @@ RegistryError             base; carries the task id where there is one
 ├── InvalidCursor         a page was asked for with a cursor that `list` never gave
 ├── NotARouting           a private adapter was asked for its routing
 ├── InventoryMismatch     the stored tasks were made for another inventory
+├── UnknownJob            no job has this id
+├── TaskBeingFitted       another job of the same task has not ended
+├── JobEnded              the job has ended, so it cannot be changed any more
+├── TooManyJobs           as many jobs are open as the server takes
 ├── SchemaTooNew          a later version of Polyhead wrote the database
 └── RegistryUnavailable   the database is locked, full, unreadable: try again later
 """
@@ -89,6 +93,39 @@ class InventoryMismatch(RegistryError):
         )
         self.found = found
         self.expected = expected
+
+
+class UnknownJob(RegistryError):
+    """No job has this id."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}")
+
+
+class TaskBeingFitted(RegistryError):
+    """Another job of the same task has not ended; the second would overwrite the first."""
+
+    def __init__(self, task_id: str, job_id: str) -> None:
+        super().__init__(
+            f"task {task_id!r} is being fitted by job {job_id}; wait for it or cancel it",
+            task_id=task_id,
+        )
+
+
+class JobEnded(RegistryError):
+    """The job has ended, so it cannot be changed any more."""
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(f"job {job_id} has ended already: it has {state}")
+        self.state = state
+
+
+class TooManyJobs(RegistryError):
+    """As many jobs are open as the server takes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} jobs are queued or running, and no more are taken")
+        self.retry_after = 30.0
 
 
 class SchemaTooNew(RegistryError):

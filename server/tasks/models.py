@@ -9,6 +9,7 @@ from sqlalchemy import (
     Dialect,
     ForeignKey,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
     String,
@@ -81,6 +82,33 @@ labels = Table(
     Column("task_id", TaskId, ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
     Column("label", Digest, primary_key=True),
     Index("ix_labels_label", "label", "task_id"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", TaskId, primary_key=True),
+    Column("task", TaskId, nullable=False),  # no foreign key: it may be yet to be, or gone
+    Column("state", String(16), nullable=False),
+    Column("base", Digest),
+    Column("batch", String(64)),
+    Column("attempts", Integer, nullable=False),
+    Column("progress", JSON, nullable=False),
+    Column("result", JSON(none_as_null=True)),
+    Column("error", Text),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("started_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    Index("ix_jobs_state", "state", "id"),
+    Index("ix_jobs_task", "task", "id"),
+)
+
+# Apart from the jobs so that looking at them does not read hundreds of examples of each.
+orders = Table(
+    "orders",
+    metadata,
+    Column("job_id", TaskId, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("data", JSON, nullable=False),
 )
 
 # Which of the inventory's tasks were registered once: a deleted one must not come back.

@@ -23,6 +23,9 @@ from polyhead.server.tasks.task import UNCHANGED, JsonScalar, Task, Unchanged, c
 
 INVENTORY_KEY = "inventory"
 
+Also = Callable[[Connection, Task], None]
+"""Work done in a change's own transaction, with the new task: both are stored, or neither."""
+
 
 class Registry:
     """Tasks of one inventory, kept in `data_dir`; safe to call from any thread.
@@ -46,16 +49,16 @@ class Registry:
         self._inventory = inventory_fingerprint
         self._sketcher = Sketcher(layout)
         self._listeners: list[Callable[[str], None]] = []
-        self._database = Database(data_dir, lock_timeout)
+        self.database = Database(data_dir, lock_timeout)
         try:
-            with self._database.write() as connection:
+            with self.database.write() as connection:
                 _claim_for(connection, inventory_fingerprint, str(data_dir))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        self._database.close()
+        self.database.close()
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with a task's id after each change of it and before the change's own
@@ -71,6 +74,7 @@ class Registry:
         defaults: Mapping[str, Any] | None = None,
         metadata: Mapping[str, JsonScalar] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        also: Also | None = None,
     ) -> Task:
         """Raises `InvalidId`, `ReservedId`, `TaskExists`, and an `AdapterError` for a content that
         does not fit the inventory."""
@@ -88,16 +92,18 @@ class Registry:
         with self._changing(task_id) as connection:
             store.put_content(connection, packed)
             store.add(connection, record)
+            if also is not None:
+                also(connection, record.task)
         return record.task
 
     def get(self, task_id: str) -> Task:
         """Raises `UnknownTask`."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return store.find(connection, task_id).task
 
     def load(self, task_id: str) -> tuple[Task, Content]:
         """A task and its content, of the same generation. Raises `UnknownTask`."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             record = store.find(connection, task_id)
             data = store.content_data(connection, record.content)
         return record.task, unpack(record.task.kind, data, self.layout)
@@ -111,11 +117,11 @@ class Registry:
 
     def content_bytes(self, task_id: str) -> bytes:
         """The newest generation's content as safetensors. Raises `UnknownTask`."""
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return store.content_data(connection, store.find(connection, task_id).content)
 
     def count(self) -> int:
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             return store.count(connection)
 
     def list(
@@ -132,7 +138,7 @@ class Registry:
         Raises `InvalidCursor`.
         """
         after = None if cursor is None else decode_cursor(cursor)
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             found = store.page(connection, after, limit + 1, metadata or {}, prefix)
         more = len(found) > limit
         return found[:limit], encode_cursor(found[limit - 1].id) if more else None
@@ -153,23 +159,34 @@ class Registry:
         Raises `UnknownTask`, `StaleGeneration` when the task is not at generation `if_match`, and
         an `AdapterError` for a content that does not fit the inventory.
         """
-        packed = pack(content, self.layout, self._sketcher)
-        new = first_generation(
-            self._inventory,
-            task_id,
-            packed,
-            template=template,
-            defaults=defaults,
-            metadata=metadata,
-            provenance=provenance,
-        )
-        with self._changing(task_id) as connection:
-            old = store.claim(connection, task_id, if_match)
-            task = with_fields(new.task, created_at=old.task.created_at)
-            store.put_content(connection, packed)
-            store.update(connection, Record(task, new.content))
-            store.drop_unused(connection, old.content)
-        return task
+        fields: dict[str, Any] = {
+            "template": template,
+            "defaults": defaults,
+            "metadata": metadata,
+            "provenance": provenance,
+        }
+        return self._renew(task_id, content, lambda _: fields, if_match)
+
+    def refit(
+        self,
+        task_id: str,
+        content: Content,
+        *,
+        template: str | None,
+        provenance: Mapping[str, Any],
+        if_match: str,
+        also: Also | None = None,
+    ) -> Task:
+        """New numbers and the template they were fitted with; the rest of the task stays.
+
+        Raises what `replace` raises.
+        """
+
+        def fields(old: Task) -> dict[str, Any]:
+            kept = {"defaults": old.defaults, "metadata": old.metadata}
+            return {"template": template, "provenance": provenance, **kept}
+
+        return self._renew(task_id, content, fields, if_match, also)
 
     def edit(
         self,
@@ -223,7 +240,7 @@ class Registry:
         for task_id in inventory.tasks:
             check_id(task_id)
         provenance = {"how": "inventory", "from": inventory.fingerprint}
-        with self._database.write() as connection:
+        with self.database.write() as connection:
             new = store.unseeded(connection, sorted(inventory.tasks))
             for task_id in new:
                 packed = pack(inventory.tasks[task_id], self.layout, self._sketcher)
@@ -240,16 +257,37 @@ class Registry:
         ones are compared exactly is picked by their sketches. The average itself has no direction
         and so no neighbours. Raises `UnknownTask`, `NotARouting`.
         """
-        with self._database.read() as connection:
+        with self.database.read() as connection:
             record = store.find(connection, task_id)
             if record.task.kind != "routing":
                 raise NotARouting(task_id)
             return neighbours(connection, record, self.layout, self._sketcher, limit)
 
+    def _renew(
+        self,
+        task_id: str,
+        content: Content,
+        fields: Callable[[Task], Mapping[str, Any]],
+        if_match: str | None,
+        also: Also | None = None,
+    ) -> Task:
+        """A new content under an id that is taken; `fields` tells the rest from the old task."""
+        packed = pack(content, self.layout, self._sketcher)
+        with self._changing(task_id) as connection:
+            old = store.claim(connection, task_id, if_match)
+            new = first_generation(self._inventory, task_id, packed, **fields(old.task))
+            task = with_fields(new.task, created_at=old.task.created_at)
+            store.put_content(connection, packed)
+            store.update(connection, Record(task, new.content))
+            store.drop_unused(connection, old.content)
+            if also is not None:
+                also(connection, task)
+        return task
+
     @contextmanager
     def _changing(self, task_id: str) -> Iterator[Connection]:
         try:
-            with self._database.write() as connection:
+            with self.database.write() as connection:
                 yield connection
         finally:
             for listener in self._listeners:

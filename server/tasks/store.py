@@ -41,6 +41,10 @@ def claim(connection: Connection, task_id: str, if_match: str | None) -> Record:
     return record
 
 
+def exists_task(connection: Connection, task_id: str) -> bool:
+    return bool(connection.scalar(select(exists().where(tasks.c.id == task_id))))
+
+
 def add(connection: Connection, record: Record) -> None:
     """Its content must be there. Raises `TaskExists`; the transaction is void then."""
     try:
