@@ -73,8 +73,9 @@ def fit(
     model: a bare float32 backbone, bare again afterwards. tokenizer: its transformers tokenizer.
     report: called after every step, once for each task. pause: called before every forward pass,
     each of at most about `micro_tokens` tokens; may block, or raise `FitInterrupted`. cancelled:
-    asked by task name before every step; a cancelled task has no result. state_file: read if it is
-    there, kept up to date, left behind. max_tokens: of one example, answer and template included.
+    asked by task name before every step. state_file: read if it is there, kept up to date, left
+    behind. max_tokens: of one example, answer and template included.
+    A cancelled task has no result, nor has one whose numbers overflowed.
     Results come in the order of the tasks. Raises `DataError` naming task and example,
     `CheckpointError`, and `BackboneMismatch` where the inventory is another backbone's.
     """
@@ -141,12 +142,9 @@ class _Fitting:
             self._train_group(method, group, skills, hooks, micro_tokens)
 
     def results(self) -> list[FitResult]:
-        """The best outcome of each task that was not cancelled."""
-        return [
-            self._result(number)
-            for number in range(len(self._tasks))
-            if number not in self._cancelled
-        ]
+        """The best outcome of each task that has one."""
+        fitted = {number for number, _ in self._state.outcomes} - self._cancelled
+        return [self._result(number) for number in sorted(fitted)]
 
     def save(self) -> None:
         """Write the state file, if there is to be one."""
@@ -193,10 +191,12 @@ class _Fitting:
 
     def _falls_short(self, number: int) -> bool:
         """Whether a routing is no better than the prompted backbone, and not perfect either."""
-        score = self._state.outcomes[number, "z"].score
-        if score is None or number not in self._state.prompted:
+        routed = self._state.outcomes.get((number, "z"))
+        if routed is None:
+            return True
+        if routed.score is None or number not in self._state.prompted:
             return False
-        return score < 1 and score <= self._state.prompted[number][0]
+        return routed.score < 1 and routed.score <= self._state.prompted[number][0]
 
     def _groups(self, method: TrainedMethod, due: Sequence[int]) -> Iterator[list[int]]:
         """Tasks in their order, cut so that no group trains more than `MAX_TOGETHER` numbers."""
@@ -236,12 +236,12 @@ class _Fitting:
             self._joint = (method, group, joint)
             joint.run()
             for number, run in zip(group, runs, strict=True):
-                if run.cancelled or run.best is None:
+                if run.cancelled:
                     self._cancelled.add(number)
-                    continue
-                adapter = parameters.export(run.keeper, run.best)
-                outcome = Outcome(adapter, run.history.score, run.seconds)
-                self._state.outcomes[number, method] = outcome
+                elif run.best is not None:
+                    adapter = parameters.export(run.keeper, run.best)
+                    outcome = Outcome(adapter, run.history.score, run.seconds)
+                    self._state.outcomes[number, method] = outcome
         finally:
             trainable.detach()
         self._joint = self._state.running = None

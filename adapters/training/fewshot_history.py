@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+
+WORST = 1e9
+"""Stands for a loss that overflowed, which could not be compared."""
 
 
 @dataclass
@@ -15,7 +19,7 @@ class History:
     def add(self, step: int, right: Sequence[bool], losses: Sequence[float]) -> None:
         self.steps.append(step)
         self.right.append(list(right))
-        self.losses.append(list(losses))
+        self.losses.append([loss if isfinite(loss) else WORST for loss in losses])
 
     @property
     def best(self) -> int:

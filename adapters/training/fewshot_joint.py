@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -66,7 +67,10 @@ class Learner:
 
 @dataclass
 class TaskRun:
-    """One task's way through the fit. `keeper` is the learner whose parameters it will have."""
+    """One task's way through the fit. `keeper` is the learner whose parameters it will have.
+
+    A task that finished without a best state has diverged.
+    """
 
     name: str
     options: FitOptions
@@ -79,9 +83,11 @@ class TaskRun:
     finished: bool = False
     cancelled: bool = False
 
-    def scores_at(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Whether held-out examples are to be scored after this many steps and were not yet."""
         every = max(1, self.options.steps // SCORINGS)
-        return bool(self.scored) and (step % every == 0 or step == self.options.steps)
+        now = step % every == 0 or step == self.options.steps
+        return bool(self.scored) and now and self.history.steps[-1:] != [step]
 
 
 @dataclass(frozen=True)
@@ -137,14 +143,14 @@ class JointFit:
 
     def run(self) -> None:
         """Until every task is finished or cancelled."""
-        began = time.monotonic()
+        if self.step:
+            self._settle(self._live())  # an interrupted fit may have ended before it was scored
         while live := self._live():
+            began = time.monotonic()
             self._learn(live)
             self.step += 1
-            spent, began = time.monotonic() - began, time.monotonic()
-            for run in live:
-                run.seconds += spent
-            self._after_step(live)
+            _charge(live, began)
+            self._settle(live)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain facts, taken between two steps."""
@@ -209,14 +215,19 @@ class JointFit:
             rates.append(rate.to(owned.parameter.device))
         return rates
 
-    def _after_step(self, live: Sequence[TaskRun]) -> None:
-        due = [run for run in live if run.scores_at(self.step)]
+    def _settle(self, live: Sequence[TaskRun]) -> None:
+        """Score what is due at this step, and see which tasks are finished."""
+        due = [run for run in live if run.is_due(self.step)]
         if due:
+            began = time.monotonic()
             self._score(due)
+            _charge(due, began)
         for run in live:
-            if run.scored and run.history.exhausted(run.options.patience):
+            if not isfinite(run.loss) or (
+                run.scored and run.history.exhausted(run.options.patience)
+            ):
                 run.finished = True
-            if self.step >= run.options.steps:
+            elif self.step >= run.options.steps:
                 run.finished = True
                 run.best = run.best or self._parameters.snapshot(run.keeper)
             self._hooks.report(self._progress(run))
@@ -224,7 +235,6 @@ class JointFit:
             self._hooks.scored()
 
     def _score(self, due: Sequence[TaskRun]) -> None:
-        began = time.monotonic()
         work = {
             learner: list(self._learners[learner].held_out) for run in due for learner in run.scored
         }
@@ -240,7 +250,6 @@ class JointFit:
             all_right = [hit for learner in run.scored for hit in right[learner]]
             all_losses = [value for learner in run.scored for value in losses[learner]]
             run.history.add(self.step, all_right, all_losses)
-            run.seconds += time.monotonic() - began
             if run.history.improved:
                 run.best = self._parameters.snapshot(run.keeper)
 
@@ -285,6 +294,12 @@ def micro_batches(
             parts[-1].append((learner, example))
             used += len(example)
     return [part for part in parts if part]
+
+
+def _charge(runs: Sequence[TaskRun], began: float) -> None:
+    spent = time.monotonic() - began
+    for run in runs:
+        run.seconds += spent
 
 
 def _facts(run: TaskRun) -> dict[str, Any]:
