@@ -1,12 +1,13 @@
-"""From examples to padded batches of tokens, several examples of one task in a row.
+"""From examples to batches: all tokens in one row, without padding, ordered by task.
 
 Packing is exact: a token sees only the tokens before it in its own example, and positions start
 again with every example, so each example's loss is what it would be alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from polyhead.adapters.training.errors import DataError
 
 INPUT = "{input}"
 DEFAULT_TEMPLATE = "{input}\n"
+SHORT_ROW = 64
+"""Examples share a row of attention up to this length: longer ones cost more than they fill."""
 
 
 @dataclass(frozen=True)
@@ -91,61 +94,77 @@ class Encoder:
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """B rows of L tokens that hold E examples; a row belongs to one task.
+    """N tokens of E examples of U tasks, all in one row. Tasks are slices of it.
 
     Logits are needed at P places only: those from which an answer token is predicted.
+    For attention the examples stand in R short rows of L places.
     """
 
-    input_ids: Tensor  # [B, L] long
-    position_ids: Tensor  # [B, L] long, from 0 in every example
-    segment: Tensor  # [B, L] long: which example a token belongs to, -1 for padding
-    row_task: Tensor  # [B] long
-    tasks: Tensor  # [U] long: the distinct tasks of the rows
-    row_slot: Tensor  # [B] long: where in `tasks` a row's task stands
-    predict_at: Tensor  # [P] long, into the flattened [B * L]
+    input_ids: Tensor  # [1, N] long
+    position_ids: Tensor  # [1, N] long, from 0 in every example
+    segment: Tensor  # [N] long: which example a token belongs to
+    tasks: Tensor  # [U] long, ascending: the distinct tasks
+    counts: tuple[int, ...]  # [U]: how many tokens each of them has, in that order
+    predict_at: Tensor  # [P] long, into the N tokens
     gold: Tensor  # [P] long: the answer token that should come next
     example_of: Tensor  # [P] long: whose answer it belongs to
     answer_tokens: Tensor  # [E] long: how many tokens each answer has
-    example_task: tuple[int, ...]  # task of each example, in the order they were given
+    example_task: tuple[int, ...]  # [E]: task of each example, in the order they were given
+    places: Tensor  # [N] long: where a token stands in the flattened [R * L]
+    rows: tuple[int, int]  # R, L
 
     @property
     def examples(self) -> int:
         """E."""
         return len(self.example_task)
 
-    @cached_property
+    @property
     def tokens(self) -> int:
-        """Tokens that are no padding."""
-        return int((self.segment >= 0).sum())
+        """N."""
+        return self.input_ids.shape[1]
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """`[B, 1, L, L]`, added to the attention scores: 0 where a token may look."""
-        same = self.segment.unsqueeze(2) == self.segment.unsqueeze(1)
-        # Padding looks at padding, so that no row of the mask is empty: that would give NaN.
-        seen = (same & torch.ones_like(same[0]).tril()).unsqueeze(1)
-        blank = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return blank.masked_fill_(~seen, torch.finfo(dtype).min)
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """`[1, 1, N, N]`, added to attention scores: 0 where a token may look."""
+        return _blocks(self.segment.unsqueeze(0), dtype, window)
+
+    def row_mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """`[R, 1, L, L]`: the same for the short rows; made once for each window."""
+        key = (dtype, window)
+        if key not in self._row_masks:
+            empty = self.segment.new_full((self.rows[0] * self.rows[1],), -1)
+            laid_out = empty.index_copy(0, self.places, self.segment).view(self.rows)
+            self._row_masks[key] = _blocks(laid_out, dtype, window)
+        return self._row_masks[key]
+
+    @cached_property
+    def _row_masks(self) -> dict[tuple[torch.dtype, int | None], Tensor]:
+        return {}
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
         """The same batch on another device."""
-        moved = {
-            name: value.to(device)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name in type(self).__dataclass_fields__
-        }
-        return TrainingBatch(**moved, example_task=self.example_task)
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in own.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def pack(
-    encoded: Sequence[Encoded],
-    example_task: Sequence[int],
-    row_tokens: int | None = None,
-    pad: int = 0,
-) -> TrainingBatch:
-    """Rows of examples of the same task, first-fit-decreasing.
+def _blocks(segment: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
+    """segment `[R, L]` to a causal mask `[R, 1, L, L]` within equal segments.
 
-    example_task: the number of each example's task. row_tokens: L; None picks the one that
-    leaves the fewest places empty. Raises `DataError` when an example is longer than a row.
+    Empty places look at empty places, for a token that sees nothing would get NaN.
+    """
+    place = torch.arange(segment.shape[1], device=segment.device)
+    back = place[:, None] - place[None]
+    seen = (segment[:, :, None] == segment[:, None]) & (back >= 0)
+    if window is not None:
+        seen &= back < window
+    blank = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
+    return blank.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def pack(encoded: Sequence[Encoded], example_task: Sequence[int]) -> TrainingBatch:
+    """All examples in one row. example_task: the number of each example's task.
+
+    Raises `DataError` when there are no examples or not as many task numbers.
     """
     if not encoded or len(encoded) != len(example_task):
         raise DataError(
@@ -154,87 +173,47 @@ def pack(
             found=str(len(example_task)),
             expected=str(max(1, len(encoded))),
         )
-    longest = max(len(one) for one in encoded)
-    if row_tokens is not None and longest > row_tokens:
-        raise DataError(
-            "longer than a row", found=f"{longest} tokens", expected=f"at most {row_tokens}"
-        )
-    rows = _tightest(encoded, example_task, row_tokens)
-    return _fill(encoded, example_task, rows, pad)
-
-
-def _tightest(
-    encoded: Sequence[Encoded], example_task: Sequence[int], row_tokens: int | None
-) -> list[list[int]]:
-    """The packing with the smallest padded area among some row lengths; short rows win ties."""
-    longest = max(len(one) for one in encoded)
-    totals: dict[int, int] = {}
-    for one, task in zip(encoded, example_task, strict=True):
-        totals[task] = totals.get(task, 0) + len(one)
-    candidates = sorted({max(longest, total // k) for total in totals.values() for k in (1, 2, 3)})
-    limits = [row_tokens] if row_tokens is not None else candidates
-    packings = [_first_fit(encoded, example_task, limit) for limit in limits]
-    return min(packings, key=lambda rows: _area(encoded, rows))
-
-
-def _area(encoded: Sequence[Encoded], rows: list[list[int]]) -> int:
-    return len(rows) * max(sum(len(encoded[i]) for i in row) for row in rows)
-
-
-def _first_fit(
-    encoded: Sequence[Encoded], example_task: Sequence[int], limit: int
-) -> list[list[int]]:
-    """Rows of indices into `encoded`, each of one task and of at most `limit` tokens."""
-    rows: dict[int, list[list[int]]] = {}
-    room: dict[int, list[int]] = {}
-    for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
-        own, left = rows.setdefault(example_task[i], []), room.setdefault(example_task[i], [])
-        fit = next((k for k, free in enumerate(left) if free >= len(encoded[i])), None)
-        if fit is None:
-            own.append([])
-            left.append(limit)
-            fit = len(own) - 1
-        own[fit].append(i)
-        left[fit] -= len(encoded[i])
-    return [row for task in sorted(rows) for row in rows[task]]
-
-
-def _fill(
-    encoded: Sequence[Encoded], example_task: Sequence[int], rows: list[list[int]], pad: int
-) -> TrainingBatch:
-    length = max(sum(len(encoded[i]) for i in row) for row in rows)
-    ids, positions, segment = [], [], []
-    predict_at: list[int] = []
-    gold: list[int] = []
-    example_of: list[int] = []
-    for b, row in enumerate(rows):
-        start = b * length
-        for i in row:
-            one = encoded[i]
-            answer_from = start + len(one.prompt) - 1
-            predict_at.extend(range(answer_from, answer_from + len(one.answer)))
-            gold.extend(one.answer)
-            example_of.extend([i] * len(one.answer))
-            start += len(one)
-        empty = length - sum(len(encoded[i]) for i in row)
-        ids.append(
-            [t for i in row for t in (*encoded[i].prompt, *encoded[i].answer)] + [pad] * empty
-        )
-        positions.append([p for i in row for p in range(len(encoded[i]))] + list(range(empty)))
-        segment.append([i for i in row for _ in range(len(encoded[i]))] + [-1] * empty)
-    row_task = [example_task[row[0]] for row in rows]
-    tasks = sorted(set(row_task))
-    slot = {task: k for k, task in enumerate(tasks)}
+    order = sorted(range(len(encoded)), key=lambda i: example_task[i])
+    tasks = sorted(set(example_task))
+    lengths = [len(encoded[i]) for i in order]
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    begins = [start + len(encoded[i].prompt) - 1 for start, i in zip(starts, order, strict=True)]
+    answers = [(i, k) for i in order for k in range(len(encoded[i].answer))]
+    at = dict(zip(order, begins, strict=True))
+    places, rows = _lay_out(lengths)
     return TrainingBatch(
-        input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
-        segment=torch.tensor(segment),
-        row_task=torch.tensor(row_task),
+        input_ids=torch.tensor([[t for i in order for t in encoded[i].prompt + encoded[i].answer]]),
+        position_ids=torch.tensor([[p for length in lengths for p in range(length)]]),
+        segment=torch.tensor([i for i in order for _ in range(len(encoded[i]))]),
         tasks=torch.tensor(tasks),
-        row_slot=torch.tensor([slot[task] for task in row_task]),
-        predict_at=torch.tensor(predict_at),
-        gold=torch.tensor(gold),
-        example_of=torch.tensor(example_of),
+        counts=tuple(
+            sum(len(encoded[i]) for i in order if example_task[i] == task) for task in tasks
+        ),
+        predict_at=torch.tensor([at[i] + k for i, k in answers]),
+        gold=torch.tensor([encoded[i].answer[k] for i, k in answers]),
+        example_of=torch.tensor([i for i, _ in answers]),
         answer_tokens=torch.tensor([len(one.answer) for one in encoded]),
         example_task=tuple(example_task),
+        places=torch.tensor(places),
+        rows=rows,
     )
+
+
+def _lay_out(lengths: Sequence[int]) -> tuple[list[int], tuple[int, int]]:
+    """First-fit-decreasing: where each token stands in `[R * L]`, and R, L."""
+    limit = max(max(lengths), SHORT_ROW)
+    room: list[int] = []
+    start: dict[int, tuple[int, int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(room))
+        if row == len(room):
+            room.append(limit)
+        start[i] = (row, limit - room[row])
+        room[row] -= lengths[i]
+    longest = limit - min(room)
+    places = [
+        start[i][0] * longest + start[i][1] + k
+        for i, length in enumerate(lengths)
+        for k in range(length)
+    ]
+    return places, (len(room), longest)

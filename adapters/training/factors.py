@@ -30,19 +30,12 @@ class Factors:
         self.b = b
         self._stacks = stacks
 
-    def rows(self, slots: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
-        """By module, A `[B, r, I]` and B `[B, r, O]` for rows that use the tasks `slots [B]`.
-
-        None: there are as many rows as tasks, in the same order.
-        """
-        a, b = dict(self.a), dict(self.b)
-        if slots is not None:
-            a = {width: stack.index_select(1, slots) for width, stack in a.items()}
-            b = {width: stack.index_select(1, slots) for width, stack in b.items()}
+    def by_module(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each module's A `[U, r, I]` and B `[U, r, O]`."""
         # `unbind`, for the gradient of one index is a zero tensor as large as the whole stack.
         return self._stacks.by_module(
-            {width: stack.unbind(0) for width, stack in a.items()},
-            {width: stack.unbind(0) for width, stack in b.items()},
+            {width: stack.unbind(0) for width, stack in self.a.items()},
+            {width: stack.unbind(0) for width, stack in self.b.items()},
         )
 
 
@@ -336,7 +329,7 @@ def _average_own(skills: Tensor, weights: Tensor) -> Tensor:
 
 def _private(factors: Factors, stacks: Stacks, scaling: float) -> PrivateAdapter:
     with torch.no_grad():
-        rows = factors.rows(None)
+        rows = factors.by_module()
     a = {name: pair[0][0].detach().mT.cpu().contiguous() for name, pair in rows.items()}
     b = {name: pair[1][0].detach().cpu().contiguous() for name, pair in rows.items()}
     return PrivateAdapter.checked(a, b, stacks.modules, scaling)

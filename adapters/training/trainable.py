@@ -15,9 +15,10 @@ from polyhead.adapters.errors import InjectionError
 from polyhead.adapters.inject import linear_shape
 from polyhead.adapters.inventory import ModuleShape
 from polyhead.adapters.layers import RoutedLinear
+from polyhead.adapters.training import attention
 from polyhead.adapters.training.encode import TrainingBatch
 from polyhead.adapters.training.factors import Source
-from polyhead.adapters.training.layers import Board, TrainedLinear
+from polyhead.adapters.training.layers import Board, TrainedLinear, Work
 
 
 class Trainable(nn.Module):
@@ -55,6 +56,7 @@ class Trainable(nn.Module):
             parameter.requires_grad_(False)
         for name, layer in self._originals.items():
             model.set_submodule(name, TrainedLinear(layer, name, self._board, scaling))
+        self._attention = attention.install(model, self._board)
         self._hook = head.register_forward_pre_hook(self._answer_places)
 
     @property
@@ -78,15 +80,14 @@ class Trainable(nn.Module):
 
     def answer_logits(self, batch: TrainingBatch) -> Tensor:
         """`[P, vocabulary]`: the logits from which each answer token is predicted."""
-        plain = len(batch.tasks) == len(batch.row_task)
         factors = self.source.factors(batch.tasks)
-        self._board.factors = factors.rows(None if plain else batch.row_slot)
+        self._board.work = Work(batch, factors.by_module())
         self._keep = batch.predict_at
         try:
             out = cast(Any, self.model)(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
-                attention_mask=batch.mask(self.model.dtype),
+                attention_mask=self._mask(batch),
                 use_cache=False,
             )
         finally:
@@ -95,11 +96,14 @@ class Trainable(nn.Module):
 
     def bare(self) -> None:
         """Forget the last batch, so that the backbone alone answers until the next one."""
-        self._board.factors = None
+        self._board.work = None
 
     def detach(self) -> PreTrainedModel:
         """Put the original layers back and return the backbone."""
         self._hook.remove()
+        self.bare()
+        if self._attention is not None:
+            attention.restore(self.model, self._attention)
         for name, layer in self._originals.items():
             self.model.set_submodule(name, layer)
         for parameter in self._frozen:
@@ -108,13 +112,18 @@ class Trainable(nn.Module):
             del block.forward
         return self.model
 
+    def _mask(self, batch: TrainingBatch) -> Tensor:
+        if self._attention is None:
+            return batch.mask(self.model.dtype)
+        # Four dimensions keep transformers from making a mask, which nobody would read.
+        return batch.input_ids.new_empty(1, 1, 1, 1)
+
     def _answer_places(self, _head: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """Cuts the output head's input `[B, L, D]` to `[1, P, D]`: the head is a fifth of a small
+        """Cuts the output head's input `[1, N, D]` to `[1, P, D]`: the head is a fifth of a small
         model, and most tokens are prompt."""
         if self._keep is None:
             return None
-        hidden = args[0].flatten(0, 1).index_select(0, self._keep)
-        return (hidden.unsqueeze(0), *args[1:])
+        return (args[0].index_select(1, self._keep), *args[1:])
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

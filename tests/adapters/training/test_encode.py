@@ -43,28 +43,41 @@ def test_an_example_that_is_too_long_is_named() -> None:
     assert len(Encoder(byte_tokenizer(), max_tokens=23).encode(given)) == 2
 
 
-def test_rows_hold_one_task_each_and_every_example_once() -> None:
+def test_tasks_are_slices_and_every_example_stands_once() -> None:
     tokens, tasks = encoded(examples(tasks=3, each=7))
     batch = pack(tokens, tasks)
-    for row, task in zip(batch.segment, batch.row_task, strict=True):
-        assert {tasks[i] for i in row[row >= 0].tolist()} == {int(task)}
+    owners = [tasks[i] for i in batch.segment.tolist()]
+    assert owners == sorted(owners)
+    assert batch.counts == tuple(owners.count(int(task)) for task in batch.tasks)
     lengths = [int((batch.segment == i).sum()) for i in range(len(tokens))]
     assert lengths == [len(one) for one in tokens]
-    assert torch.equal(batch.tasks[batch.row_slot], batch.row_task)
-    assert batch.input_ids.shape[0] < len(tokens), "examples do share rows"
+    assert batch.tokens == sum(lengths)
 
 
-def test_a_given_row_length_is_kept() -> None:
-    tokens, tasks = encoded(examples(tasks=2, each=9))
-    assert pack(tokens, tasks, row_tokens=30).input_ids.shape[1] <= 30
-    with pytest.raises(DataError, match="longer than a row"):
-        pack(tokens, tasks, row_tokens=8)
+def test_attention_rows_hold_every_token_once_and_are_well_filled() -> None:
+    tokens, tasks = encoded(examples(tasks=3, each=20))
+    batch = pack(tokens, tasks)
+    rows, length = batch.rows
+    assert len(set(batch.places.tolist())) == batch.tokens
+    assert batch.tokens > 0.9 * rows * length
+    assert rows > 1
+    row_of = batch.places // length
+    for i in range(batch.examples):
+        assert len(set(row_of[batch.segment == i].tolist())) == 1
+
+
+def test_packing_refuses_what_does_not_match() -> None:
+    tokens, tasks = encoded(examples())
+    with pytest.raises(DataError, match="expected 12; found 11"):
+        pack(tokens, tasks[1:])
+    with pytest.raises(DataError, match="wrong number"):
+        pack([], [])
 
 
 def test_gold_tokens_are_those_that_follow_their_places() -> None:
     tokens, tasks = encoded(examples())
     batch = pack(tokens, tasks)
-    assert torch.equal(batch.input_ids.flatten()[batch.predict_at + 1], batch.gold)
+    assert torch.equal(batch.input_ids[0, batch.predict_at + 1], batch.gold)
     for i, one in enumerate(tokens):
         assert tuple(batch.gold[batch.example_of == i].tolist()) == one.answer
 
@@ -96,7 +109,6 @@ def test_packing_is_exact(family: str, attention: str) -> None:
     model.set_attn_implementation(attention)
     tokens, tasks = encoded(examples(tasks=2, each=6))
     batch = pack(tokens, tasks)
-    assert (batch.segment < 0).any()
     wanted = alone(model, tokens)
     mask = batch.mask(torch.float32)
     torch.testing.assert_close(packed_losses(model, batch, mask), wanted, atol=1e-5, rtol=1e-5)

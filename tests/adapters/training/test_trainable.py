@@ -29,6 +29,7 @@ from polyhead.adapters.inventory import BackboneRef, Inventory, InventoryHeader,
 from polyhead.adapters.plan import RoutedTask, use_plan
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
+from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.encode import Encoded, pack
 from polyhead.adapters.training.factors import (
     OwnSkillsSource,
@@ -36,6 +37,7 @@ from polyhead.adapters.training.factors import (
     RoutedSource,
     Routings,
 )
+from polyhead.adapters.training.layers import TrainedLinear
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -297,3 +299,48 @@ def test_relaxed_samples_follow_the_distribution() -> None:
     other = torch.distributions.RelaxedBernoulli(torch.tensor(1.0), logits=logits).sample()
     torch.testing.assert_close(own.mean(0), other.mean(0), atol=0.01, rtol=0)
     torch.testing.assert_close(own.std(0), other.std(0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbones_with_their_own_attention_and_large_kernels_give_the_same(family: str) -> None:
+    """The paths for a GPU and for attention that cannot be exchanged, against the CPU's."""
+    tokens, tasks = encoded(examples())
+    found = []
+    for attention, dense in (("sdpa", False), ("eager", True)):
+        model = tiny_model(family)
+        model.set_attn_implementation(attention)
+        trained = trainable(model)
+        if dense:
+            for layer in model.modules():
+                if isinstance(layer, TrainedLinear):
+                    layer._plain = False
+        losses = trained(pack(tokens, tasks))
+        losses.sum().backward()
+        grads = [p.grad for p in trained.parameters()]
+        assert trained.detach().config._attn_implementation == attention
+        found.append((losses.detach(), grads))
+    (losses, grads), (other_losses, other_grads) = found
+    torch.testing.assert_close(losses, other_losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads, other_grads, atol=1e-4, rtol=1e-3)
+
+
+def test_a_sliding_window_is_kept() -> None:
+    tokens, tasks = encoded([Example("t0", "abcdefgh" * 2, "abcd"), Example("t1", "hgf", "ab")])
+    narrow = tiny_model("mistral", sliding_window=4)
+    source = routed(find_modules(narrow, heads=HEADS), 2)
+    losses, _, _ = reference(copy.deepcopy(narrow), source, tokens, tasks)
+    found = trainable(narrow, source)(pack(tokens, tasks)).detach()
+    torch.testing.assert_close(found, losses, atol=1e-4, rtol=1e-4)
+    wide = trainable(tiny_model("mistral"), source)(pack(tokens, tasks)).detach()
+    assert (found[0] - wide[0]).abs() > 0.05
+
+
+def test_bfloat16_backbones_train_float32_adapters() -> None:
+    tokens, tasks = encoded(examples())
+    whole = trainable(tiny_model())
+    half = trainable(tiny_model().bfloat16(), whole.source)
+    wanted = whole(pack(tokens, tasks)).detach()
+    found = half(pack(tokens, tasks))
+    found.mean().backward()
+    torch.testing.assert_close(found.detach(), wanted, atol=0.15, rtol=0.05)
+    assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
