@@ -71,6 +71,7 @@ def report(wrong: list[str], fine: str) -> int:
 
 
 def run_list(_options: argparse.Namespace) -> int:
+    require(SOURCES)
     from benchmarks.tasks.table import source_table, table
 
     print(f"{table()}\n\n{source_table()}")
@@ -78,16 +79,17 @@ def run_list(_options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
-    from benchmarks.tasks.suite import SuiteError, export, load_suite
+    from benchmarks.tasks.built import SuiteError, export
 
     try:
-        lines = list(export(load_suite(options.out), options.tasks, options.split))
+        content = export(options.out, options.tasks, options.split)
     except SuiteError as exc:
         print(exc, file=sys.stderr)
         return 2
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    options.file.write_text("".join(lines), encoding="utf-8", newline="\n")
-    print(f"{len(lines):,} examples in {options.file}")
+    options.file.write_bytes(content)
+    lines = content.count(b"\n")
+    print(f"{lines:,} examples in {options.file}")
     return 0
 
 

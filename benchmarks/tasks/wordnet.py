@@ -68,6 +68,8 @@ def antonyms(part: str, words: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def opposites(part: str, offset: str, word: str) -> Iterator[str]:
+    if " ! " not in rows(part)[offset]:
+        return
     sense = synset(part, offset)
     for symbol, target, here, there in sense.pointers:
         if symbol == "!" and here and sense.words[here - 1].lower() == word:

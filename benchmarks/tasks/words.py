@@ -10,12 +10,17 @@ from benchmarks.tasks.sources import LEMMINFLECT, WORDFREQ
 from benchmarks.tasks.spec import Pair
 
 FAMILY_LETTERS = 4
+SMALL_LISTS = 3.0
+"""The Zipf frequency that the source's small lists end at."""
+ABUSIVE = ("bitch", "cunt", "faggot", "fuck", "nigg", "retard", "slut", "spastic", "whore")
+"""No served task should be shown answering these."""
 
 
 @cache
 def zipf(language: str = "en", least: float = 1.0) -> dict[str, float]:
     """Word → Zipf frequency, from `least` up: 3 is once, 6 a thousand times in a million words."""
-    raw = gzip.decompress(WORDFREQ.path("data", f"large_{language}.msgpack.gz").read_bytes())
+    size = "small" if least >= SMALL_LISTS else "large"
+    raw = gzip.decompress(WORDFREQ.path("data", f"{size}_{language}.msgpack.gz").read_bytes())
     _header, *buckets = msgpack.unpackb(raw)
     buckets = buckets[: round((9 - least) * 100) + 1]
     return {word: 9 - index / 100 for index, bucket in enumerate(buckets) for word in bucket}
@@ -28,7 +33,8 @@ def frequent(word: str, least: float) -> bool:
 
 @cache
 def is_plain(word: str) -> bool:
-    return word.isascii() and word.isalpha() and word.islower() and len(word) > 2
+    shaped = word.isascii() and word.isalpha() and word.islower() and len(word) > 2
+    return shaped and not word.startswith(ABUSIVE)
 
 
 def by_frequency(pairs: Iterable[Pair]) -> list[Pair]:

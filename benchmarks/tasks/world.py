@@ -6,14 +6,14 @@ of the training tasks: capitals and currencies among the cities and regions.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from babel import Locale
 
 from benchmarks.tasks.sources import BABEL, COUNTRYINFO, GEONAMES, PYCOUNTRY
-from benchmarks.tasks.spec import Pair, TaskSpec, normal
+from benchmarks.tasks.spec import Pair, TaskSpec, at_most, normal
 
 CONTINENTS = {
     "AF": "Africa",
@@ -74,15 +74,6 @@ def cities(inhabitants: int) -> tuple[dict[str, Any], ...]:
         and plain(city["name"])
     ]
     return tuple(sorted(found, key=lambda city: (-city["population"], city["name"])))
-
-
-def at_most(limit: int, pairs: Iterable[Pair]) -> Iterator[Pair]:
-    """The first so many of each answer: a few countries have most of the large cities."""
-    seen: Counter[str] = Counter()
-    for pair in pairs:
-        seen[pair.output] += 1
-        if seen[pair.output] <= limit:
-            yield pair
 
 
 def city_countries() -> Iterator[Pair]:
@@ -146,8 +137,8 @@ def language_codes() -> Iterator[Pair]:
 def language_german() -> Iterator[Pair]:
     german = language_names("de")
     names = sorted(language_names("en").items(), key=lambda item: (len(item[0]), item[0]))
-    found = ((name, german.get(code, name)) for code, name in names if plain(name))
-    return (Pair(name, other) for name, other in found if other != name)
+    found = ((name, german.get(code, name)) for code, name in names if name.isalpha())
+    return (Pair(name, other) for name, other in found if other != name and other.isalpha())
 
 
 def currency_codes() -> Iterator[Pair]:
@@ -178,7 +169,7 @@ def country_currencies() -> Iterator[Pair]:
 def country_german() -> Iterator[Pair]:
     german = Locale("de").territories
     pairs = (Pair(p.input, german[p.output]) for p in country_codes())
-    return (pair for pair in pairs if pair.input != pair.output)
+    return (pair for pair in pairs if pair.input != pair.output and short(pair.output))
 
 
 TASKS = (
