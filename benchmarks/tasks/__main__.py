@@ -1,7 +1,6 @@
 """`python -m benchmarks.tasks`: build the suite, verify it, list it, export it for training."""
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -43,17 +42,11 @@ def parser() -> argparse.ArgumentParser:
 def run_build(options: argparse.Namespace) -> int:
     require(SOURCES)
     from benchmarks.tasks.catalogue import TASKS
-    from benchmarks.tasks.records import accept, differences, render
+    from benchmarks.tasks.records import accept, differences, render, write
     from benchmarks.tasks.split import split_suite
 
     files = render(TASKS, split_suite(TASKS))
-    for name in {Path(name).parts[0] for name in files}:
-        if (options.out / name).is_dir():
-            shutil.rmtree(options.out / name)
-    for name, content in files.items():
-        path = options.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    write(options.out, files)
     if options.accept:
         accept(files)
     return report(differences(files), f"{len(TASKS)} tasks built in {options.out}")

@@ -88,7 +88,7 @@ TASKS = (
     TaskSpec(
         "noun_category",
         "classification",
-        "Say what kind of thing the noun names.",
+        f"Say what kind of thing the noun names: {', '.join(sorted(CATEGORIES.values()))}.",
         (WORDNET, WORDFREQ),
         categories,
         choices=tuple(sorted(CATEGORIES.values())),

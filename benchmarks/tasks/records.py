@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def render(specs: tuple[TaskSpec, ...], suite: Mapping[str, Splits]) -> dict[str
     }
     tasks = [describe(spec, suite[spec.name], files) for spec in specs]
     return {INDEX: as_json({"format": FORMAT, "tasks": tasks}), **files}
+
+
+def write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replaces the suite in `folder`; what else lies there stays, for `verify` to name."""
+    if (folder / INDEX).exists():
+        for task in json.loads((folder / INDEX).read_bytes())["tasks"]:
+            shutil.rmtree(folder / task["name"], ignore_errors=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def expected() -> dict[str, dict[str, Any]]:

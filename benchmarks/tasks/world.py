@@ -1,7 +1,8 @@
 """Tasks on places, languages and money.
 
 Country names are inputs of held-out tasks only. What would give their answers away is left out
-of the training tasks: capitals and currencies among the cities and regions.
+of the training tasks: places named like a capital or a currency, and names of currencies, most
+of which name their country too.
 """
 
 import json
@@ -141,14 +142,6 @@ def language_german() -> Iterator[Pair]:
     return (Pair(name, other) for name, other in found if other != name and other.isalpha())
 
 
-def currency_codes() -> Iterator[Pair]:
-    current = {
-        r["alpha_3"] for r in json.loads(PYCOUNTRY.text("databases", "iso4217.json"))["4217"]
-    }
-    names = sorted(Locale("en").currencies.items())
-    return (Pair(name, code) for code, name in names if code in current and plain(name))
-
-
 def about_countries(field: str) -> Iterator[Pair]:
     rows = sorted(countries().values(), key=lambda row: (-row["population"], row["name"]))
     return (Pair(row["name"], row[field]) for row in rows if row[field])
@@ -201,13 +194,6 @@ TASKS = (
     ),
     TaskSpec(
         "language_code", KIND, "Give the two-letter code of the language.", (BABEL,), language_codes
-    ),
-    TaskSpec(
-        "currency_code",
-        KIND,
-        "Give the three-letter code of the currency.",
-        (BABEL, PYCOUNTRY),
-        currency_codes,
     ),
     TaskSpec(
         "language_german",
