@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from benchmarks.tasks.sources import Source
 
@@ -13,8 +14,7 @@ HELD_SHARE = 0.4
 """Of the words and emoji; held-out tasks need 264 items each, training tasks up to 1,264."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A candidate example, best first in its list.
 
     `entity` names what the pair is about (a word family, an emoji, a time of day). Each entity
