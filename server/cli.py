@@ -7,21 +7,20 @@ Exit status: 0 done, 1 the work failed, 2 the command or a setting is wrong.
 import gc
 import inspect
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from polyhead.adapters.errors import AdapterError
+from polyhead.server.commands.common import AsJson, fail, one_line_errors
+from polyhead.server.commands.evaluate import evaluate_command
+from polyhead.server.commands.fit import fit_command
+from polyhead.server.commands.train import train_command
 from polyhead.server.config import Settings
-from polyhead.server.demo.folders import DemoError
-from polyhead.server.engine.errors import EngineError
-from polyhead.server.tasks.errors import RegistryError
 
 app = typer.Typer(
     help="Serve thousands of tasks from one backbone and one inventory of LoRA skills.",
@@ -31,22 +30,9 @@ app = typer.Typer(
 )
 convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(status)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What is raised on purpose becomes one line; a traceback is left for what is a bug."""
-    try:
-        yield
-    except (AdapterError, EngineError, RegistryError, DemoError, OSError) as exc:
-        _fail(str(exc), 1)
+app.command("train")(train_command)
+app.command("fit")(fit_command)
+app.command("eval")(evaluate_command)
 
 
 def _settings(flags: dict[str, Any]) -> Settings:
@@ -55,7 +41,7 @@ def _settings(flags: dict[str, Any]) -> Settings:
     except ValidationError as exc:
         for error in exc.errors()[:-1]:
             typer.echo(f"error: {_setting_error(error)}", err=True)
-        _fail(_setting_error(exc.errors()[-1]), 2)
+        fail(_setting_error(exc.errors()[-1]), 2)
 
 
 def _setting_error(error: Any) -> str:
@@ -116,7 +102,7 @@ def serve(
 
     gc.freeze()
     gc.enable()
-    with _one_line_errors():
+    with one_line_errors():
         raise typer.Exit(run(settings))
 
 
@@ -138,7 +124,7 @@ def convert_peft_command(
         pick_dtype,
     )
 
-    with _one_line_errors():
+    with one_line_errors():
         task_names = names.read_text().split() if names else None
         cpu = pick_device("cpu")
         model = load_backbone(find_backbone(backbone), pick_dtype("float32", cpu), cpu)
@@ -155,7 +141,7 @@ def demo(
     from polyhead.server.demo.backbone import prepare_backbone
     from polyhead.server.demo.inventory import prepare_inventory
 
-    with _one_line_errors():
+    with one_line_errors():
         backbone = prepare_backbone(folder)
         inventory = prepare_inventory(folder, backbone)
     typer.echo(f"backbone {backbone}\ninventory {inventory}")
@@ -164,13 +150,19 @@ def demo(
 @app.command("inspect")
 def inspect_inventory(
     inventory: Annotated[Path, typer.Argument(help="Folder of an inventory")],
+    pictures: Annotated[
+        Path | None, typer.Option(help="Folder to draw its tasks in, as PNG files")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what an inventory holds, after checking every tensor in it."""
     from polyhead.adapters.inventory import Inventory
 
-    with _one_line_errors():
-        facts = _facts(Inventory.load(inventory))
+    with one_line_errors():
+        loaded = Inventory.load(inventory)
+        facts = _facts(loaded)
+        if pictures is not None:
+            facts["pictures"] = _draw(loaded, pictures)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -193,6 +185,12 @@ def _facts(inventory: Any) -> dict[str, Any]:
     }
 
 
+def _draw(inventory: Any, folder: Path) -> list[str]:
+    from polyhead.adapters.training.pictures import draw_all
+
+    return [str(path) for path in draw_all(inventory.tasks, inventory.layout, folder)]
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -205,6 +203,8 @@ def _print_facts(facts: dict[str, Any]) -> None:
         "provenance": ", ".join(f"{key} {value}" for key, value in facts["provenance"].items()),
         "tasks": f"{len(facts['tasks'])}: {', '.join(facts['tasks'])}",
     }
+    if "pictures" in facts:
+        shown["pictures"] = "\n".join(facts["pictures"])
     table = Table(show_header=False, box=None)
     for name, value in shown.items():
         table.add_row(name, str(value))

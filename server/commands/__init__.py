@@ -1,0 +1,1 @@
+"""The longer commands of `polyhead`, one module each."""

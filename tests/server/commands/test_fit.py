@@ -1,0 +1,111 @@
+"""`polyhead fit`: from a file of examples to what a server can serve."""
+
+import json
+from pathlib import Path
+
+import pytest
+from factories import save_backbone
+from fit_world import WORDS, world
+from typer.testing import CliRunner
+
+from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.private import PrivateAdapter
+from polyhead.adapters.routing import Routing
+from polyhead.server.cli import app
+from polyhead.server.tasks.registry import Registry
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A saved backbone and inventory, as the command's options."""
+    root = tmp_path_factory.mktemp("world")
+    model, inventory = world()
+    save_backbone(model, root / "backbone")
+    inventory.save(root / "inventory")
+    return ["--backbone", str(root / "backbone"), "--inventory", str(root / "inventory")]
+
+
+def examples(path: Path, *tasks: str) -> list[str]:
+    lines = [{"task": t, "input": w, "output": w[0] + t[0]} for t in tasks for w in WORDS[:6]]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return ["--examples", str(path)]
+
+
+def test_one_task_becomes_a_routing_in_a_file(folders: list[str], tmp_path: Path) -> None:
+    given = examples(tmp_path / "few.jsonl", "rhyme")
+    out = tmp_path / "rhyme.safetensors"
+    wanted = ["--task", "rhyme", "--method", "z", "--steps", "4", "--out", str(out), "--json"]
+    done = runner.invoke(app, ["fit", *folders, *given, *wanted])
+    assert done.exit_code == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["task"], found["method"], found["kind"]) == ("rhyme", "z", "routing")
+    assert [one["method"] for one in found["methods"]] == ["z"]
+    inventory = Inventory.load(folders[3])
+    Routing.from_safetensors(out.read_bytes(), inventory.layout)
+
+
+def test_every_task_of_a_file_is_fitted_and_registered(folders: list[str], tmp_path: Path) -> None:
+    given = examples(tmp_path / "few.jsonl", "alpha", "beta")
+    out, data = tmp_path / "out", tmp_path / "data"
+    where = ["--out", str(out), "--data-dir", str(data)]
+    how = ["--method", "mu", "--steps", "3", "--template", "Q: {input}\\nA:"]
+    for _ in range(2):  # the second time there are tasks of these names already
+        done = runner.invoke(app, ["fit", *folders, *given, *where, *how])
+        assert done.exit_code == 0, done.stderr
+    assert "alpha" in done.stdout
+    inventory = Inventory.load(folders[3])
+    registry = Registry(data, inventory.fingerprint, inventory.layout)
+    for name in ("alpha", "beta"):
+        written = PrivateAdapter.from_safetensors(
+            (out / f"{name}.safetensors").read_bytes(), inventory.header.modules
+        )
+        task, content = registry.load(name)
+        assert isinstance(content, PrivateAdapter)
+        assert content.fingerprint == written.fingerprint
+        assert task.template == "Q: {input}\nA:"
+        assert task.provenance == {"how": "fitted", "method": "mu"}
+    registry.close()
+
+
+def test_a_line_need_not_name_the_task_that_the_command_names(
+    folders: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text('{"input": "cat", "output": "c"}\n\n{"input": "dog", "output": "d"}\n')
+    wanted = [
+        "--examples",
+        str(path),
+        "--steps",
+        "1",
+        "--method",
+        "z",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    done = runner.invoke(app, ["fit", *folders, *wanted, "--task", "first"])
+    assert done.exit_code == 0, done.stderr
+    done = runner.invoke(app, ["fit", *folders, *wanted])
+    assert done.exit_code == 1
+    assert f"{path}:1.task" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ([], 2, "--out or --data-dir is needed"),
+        (["--out", "x", "--method", "magic"], 2, "--method"),
+        (["--out", "x", "--steps", "0"], 2, "--steps"),
+        (["--out", "x", "--task", "other"], 1, "no examples of the task 'other'"),
+        (["--out", "x", "--template", "no place"], 1, "template"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    folders: list[str], tmp_path: Path, options: list[str], status: int, message: str
+) -> None:
+    given = examples(tmp_path / "few.jsonl", "rhyme")
+    done = runner.invoke(app, ["fit", *folders, *given, *options])
+    assert done.exit_code == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
