@@ -23,17 +23,27 @@ LOGIT_RANGE = 1e-3
 
 
 class Factors:
-    """A and B of U tasks: `a[width]` is `[modules of that input width, U, r, width]`, `b` alike."""
+    """A and B of U tasks: `a[width]` is `[modules of that input width, U, r, width]`, `b` alike.
 
-    def __init__(self, stacks: "Stacks", a: Mapping[int, Tensor], b: Mapping[int, Tensor]) -> None:
+    weights: `[U, M, H, S]`, where they are averages of shared skills.
+    """
+
+    def __init__(
+        self,
+        stacks: "Stacks",
+        a: Mapping[int, Tensor],
+        b: Mapping[int, Tensor],
+        weights: Tensor | None = None,
+    ) -> None:
+        self.stacks = stacks
         self.a = a
         self.b = b
-        self._stacks = stacks
+        self.weights = weights
 
     def by_module(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Each module's A `[U, r, I]` and B `[U, r, O]`."""
         # `unbind`, for the gradient of one index is a zero tensor as large as the whole stack.
-        return self._stacks.by_module(
+        return self.stacks.by_module(
             {width: stack.unbind(0) for width, stack in self.a.items()},
             {width: stack.unbind(0) for width, stack in self.b.items()},
         )
@@ -190,7 +200,7 @@ class SharedSkills(nn.Module):
         b = {
             w: _average(self.b[str(w)], weights[:, rows]) for w, rows in self.stacks.outputs.items()
         }
-        return Factors(self.stacks, a, b)
+        return Factors(self.stacks, a, b, weights)
 
 
 class RoutedSource(nn.Module):

@@ -1,6 +1,6 @@
 """A frozen backbone with trained adapters in it: losses and exact matches of packed batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from polyhead.adapters.inventory import ModuleShape
 from polyhead.adapters.layers import RoutedLinear
 from polyhead.adapters.training import attention
 from polyhead.adapters.training.encode import TrainingBatch
-from polyhead.adapters.training.factors import Source
+from polyhead.adapters.training.factors import Factors, Source
 from polyhead.adapters.training.layers import Board, TrainedLinear, Work
 
 
@@ -45,6 +45,7 @@ class Trainable(nn.Module):
         super().__init__()
         model.train(False)
         self.source = source
+        self.on_factors: Callable[[Factors], None] | None = None  # sees those of every batch
         self._held = [model]  # in a list, for nn.Module must not register it
         self._board = Board()
         head = _output_head(model)
@@ -81,6 +82,8 @@ class Trainable(nn.Module):
     def answer_logits(self, batch: TrainingBatch) -> Tensor:
         """`[P, vocabulary]`: the logits from which each answer token is predicted."""
         factors = self.source.factors(batch.tasks)
+        if self.on_factors is not None:
+            self.on_factors(factors)
         self._board.work = Work(batch, factors.by_module())
         self._keep = batch.predict_at
         try:
