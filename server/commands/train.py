@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyhead.server.commands.common import AsJson, one_line_errors
+from polyhead.server.commands.common import AsJson, fail, one_line_errors
 
 if TYPE_CHECKING:
     from polyhead.adapters.training.config import TrainingConfig
@@ -25,10 +25,14 @@ def train_command(
 
     Several GPUs: `accelerate launch --no-python polyhead train --config FILE`.
     """
-    with one_line_errors():
-        from polyhead.adapters.training.config import read_config
+    from polyhead.adapters.training.config import read_config
+    from polyhead.adapters.training.errors import ConfigError
 
-        trained = _run(read_config(config, method), quiet=as_json)
+    with one_line_errors():
+        try:
+            trained = _run(read_config(config, method), quiet=as_json)
+        except ConfigError as exc:
+            fail(str(exc), 2)
     facts = {
         "inventory": str(trained.folder),
         "fingerprint": trained.inventory.fingerprint,

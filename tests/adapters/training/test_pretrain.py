@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,14 @@ from polyhead.adapters.training.pretrain import StepReport, Trained, pretrain
 from polyhead.adapters.training.records import read_metrics
 
 TASKS = 4
+RUN = """
+import json, sys
+from pathlib import Path
+from polyhead.adapters.training.config import parse_config
+from polyhead.adapters.training.pretrain import pretrain
+config = parse_config(json.loads(sys.argv[1]), "test")
+pretrain(config, Path(config.backbone), lambda _: None)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -149,15 +158,8 @@ def test_a_killed_run_ends_with_the_same_curve(world: Path, tmp_path: Path) -> N
 
 def kill_after(plain: dict[str, Any], output: Path, lines: int) -> None:
     """Start the run in a process of its own and kill it once it has written so many lines."""
-    code = (
-        "import json, sys; from pathlib import Path\n"
-        "from polyhead.adapters.training.config import parse_config\n"
-        "from polyhead.adapters.training.pretrain import pretrain\n"
-        "config = parse_config(json.loads(sys.argv[1]), 'test')\n"
-        "pretrain(config, Path(config.backbone), lambda _: None)\n"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(plain)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", RUN, json.dumps(plain)], stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 120
@@ -256,3 +258,30 @@ def test_settings_that_cannot_be_met_are_named(world: Path, tmp_path: Path) -> N
         run(config(world, tmp_path, batch={"accumulate": 9}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         run(config(world, tmp_path, backbone=str(world)))
+
+
+def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
+    """As `accelerate launch` runs it: examples are shared out, gradients averaged."""
+    run(config(world, tmp_path / "one"))
+    plain = table(world, tmp_path / "two")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    port = ["--main_process_port", str(free_port())]
+    subprocess.run(
+        [*launch, *port, str(script), json.dumps(plain)], check=True, timeout=240, cwd=world
+    )
+    first, second = (curve(tmp_path / name) for name in ("one", "two"))
+    assert [step for step, _ in second] == list(range(1, 13)), "one process writes, not both"
+    assert [loss for _, loss in second] == pytest.approx([loss for _, loss in first], rel=1e-3)
+    one, two = (Inventory.load(tmp_path / name / "inventory") for name in ("one", "two"))
+    assert one.header.provenance["losses"] == pytest.approx(
+        two.header.provenance["losses"], rel=1e-2
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
