@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("throughput", "registration", "memory", "liveness")
+COMMANDS = ("throughput", "registration", "memory", "liveness", "fit_lane")
 DEMO = ("--backbone", "data/SmolLM2-135M-Instruct", "--inventory", "data/inventory")
 GIVEN = {"liveness": DEMO}
 """Options that a command has no default for; later ones override them."""

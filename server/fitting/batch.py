@@ -80,8 +80,6 @@ class Batch:
             self._progress(message)
         elif kind == "result":
             self._result(message, data)
-        elif kind == "refused":
-            self._end(message["job"], lambda: self._store.fail(message["job"], message["error"]))
         elif kind in ("failed", "stopped", "done"):
             self._note()
             return Outcome(kind, message.get("error", ""))

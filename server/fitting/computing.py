@@ -44,6 +44,7 @@ class Computer:
 
     def fit(self, command: dict[str, Any]) -> None:
         """One batch, from the command to the event that ends it."""
+        self._gate.begin()
         try:
             self._fit(command)
         except FitInterrupted:

@@ -37,6 +37,10 @@ class Gate:
             self._hurry = True
             self._change.notify_all()
 
+    def begin(self) -> None:
+        """What was done until now, loading and waiting for work, is no piece of a fit."""
+        self._since = time.monotonic()
+
     def pass_through(self) -> None:
         """Return when the next piece may be computed."""
         computed = time.monotonic() - self._since

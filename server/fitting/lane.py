@@ -163,6 +163,9 @@ class Lane:
             worker.set_busy(self._engine_is_busy())
             for job_id in self._newly_cancelled(batch):
                 worker.send({"do": "cancel", "job": job_id})
+            if self._stopping and not worker.ready:
+                worker.kill()
+                return Outcome("stopped")
             if self._stopping and not stopping:
                 stopping = True
                 worker.send({"do": "stop"})

@@ -32,8 +32,10 @@ class WorkerOptions:
 
 
 class Worker:
-    """A running worker. It loads what `options` name before it takes work. One thread uses it,
-    `pid` aside."""
+    """A running worker. One thread uses it, `pid` and `kill` aside.
+
+    `ready` says whether it has loaded what `options` name; work may be sent before that.
+    """
 
     def __init__(self, options: WorkerOptions) -> None:
         own, other = socket.socketpair()
@@ -46,6 +48,7 @@ class Worker:
             )
         self._wire = Wire(own)
         self._busy = False
+        self.ready = False
         self.send({"do": "load", **vars(options)})
 
     @property
@@ -66,9 +69,13 @@ class Worker:
     def receive(self, timeout: float) -> tuple[dict[str, Any], bytes] | None:
         """The next message, None after `timeout` seconds without one. Raises `WorkerDied`."""
         try:
-            return self._wire.receive(timeout)
+            found = self._wire.receive(timeout)
         except WireClosed as exc:
             raise self._obituary() from exc
+        if found is not None and found[0]["event"] == "ready":
+            self.ready = True
+            return None
+        return found
 
     def set_busy(self, busy: bool) -> None:
         """Tell the worker when that has changed. Raises `WorkerDied`."""
@@ -86,9 +93,8 @@ class Worker:
             self._process.wait()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Make it end at once; whoever waits for it learns that it has died."""
         self._process.kill()
-        self.end()
 
     def _obituary(self) -> WorkerDied:
         self.end()

@@ -8,8 +8,8 @@ It speaks over the socket FD only, and ends when that closes. The server tells i
     busy    whether the server has requests to answer
     stop    save the state and leave off
 
-and it answers with events: `progress`, `result` and `refused` for a job; `done`, `failed` and
-`stopped` for all of them.
+and it answers with events: `ready` once it has loaded; `progress` and `result` for a job; `done`,
+`failed` and `stopped` for all of them.
 """
 
 import os
@@ -75,7 +75,9 @@ def main(descriptor: int) -> None:
     gate = Gate(load["share"], load["threads"] or torch.get_num_threads(), torch.set_num_threads)
     control = Control(wire, gate)
     threading.Thread(target=control.listen, daemon=True).start()
+    torch.set_num_threads(1)
     computer = Computer(load, wire, control, gate)
+    wire.send({"event": "ready"})
     while True:
         computer.fit(control.commands.get())
 

@@ -57,6 +57,16 @@ def test_a_hurry_ends_one_pause_only() -> None:
     assert time.monotonic() - began > 0.3
 
 
+def test_what_was_before_the_fit_is_not_paused_for() -> None:
+    gate = Gate(0.01, 2, lambda _: None)
+    gate.set_busy(True)
+    time.sleep(0.1)
+    gate.begin()
+    began = time.monotonic()
+    gate.pass_through()
+    assert time.monotonic() - began < 5  # 10 s for the sleep
+
+
 def test_one_thread_while_busy_and_all_when_idle() -> None:
     told: list[int] = []
     gate = Gate(0.5, 7, told.append)
