@@ -19,6 +19,8 @@ from polyhead.adapters.tensor_files import read_tensors, tensor_bytes, write_ten
 HEADER_FILE = "inventory.json"
 TENSOR_FILE = "inventory.safetensors"
 TASK_FOLDER = "tasks"
+TEMPLATE_FILE = "templates.json"
+INPUT = "{input}"
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RESERVED_TASK = "base"
 """The task id of the bare backbone, which no routing may take."""
@@ -86,7 +88,8 @@ class InventoryHeader(BaseModel):
 class Inventory:
     """Skills of every module: `a[name]` is `[H, S, I/H, r]`, `b[name]` is `[H, S, r, O/H]`.
 
-    `tasks` holds the routings that were trained together with the skills, by task name.
+    `tasks` holds the routings that were trained together with the skills, by task name;
+    `templates` what those tasks wrap around an input, where they were trained with one.
     Raises `InventoryError` when header and tensors disagree or a number is not finite.
     """
 
@@ -96,6 +99,7 @@ class Inventory:
         a: Mapping[str, Tensor],
         b: Mapping[str, Tensor],
         tasks: Mapping[str, Routing] | None = None,
+        templates: Mapping[str, str] | None = None,
     ) -> None:
         self.header = header
         dtype = DTYPES[header.dtype]
@@ -110,6 +114,7 @@ class Inventory:
             m.name: _checked(b, m, "B", header.shape_b(m), header, dtype) for m in header.modules
         }
         self.tasks = dict(tasks or {})
+        self.templates = dict(templates or {})
 
     @cached_property
     def layout(self) -> Layout:
@@ -185,6 +190,7 @@ class Inventory:
                 )
             except RoutingError as exc:
                 raise InventoryError(f"{path}: {exc}") from exc
+        inventory.templates = _read_templates(folder / TASK_FOLDER / TEMPLATE_FILE, inventory.tasks)
         return inventory
 
     def save(self, folder: Path | str) -> None:
@@ -205,6 +211,10 @@ class Inventory:
         (folder / HEADER_FILE).write_text(self.header.model_dump_json(indent=2) + "\n")
         for name, routing in self.tasks.items():
             (folder / TASK_FOLDER / f"{name}.safetensors").write_bytes(routing.to_safetensors())
+        templates = folder / TASK_FOLDER / TEMPLATE_FILE
+        templates.unlink(missing_ok=True)
+        if self.templates:
+            templates.write_text(json.dumps(self.templates, indent=2, sort_keys=True) + "\n")
 
     def check_backbone(self, backbone: BackboneRef) -> None:
         """Raises `BackboneMismatch` that names both when this inventory is for another backbone."""
@@ -251,6 +261,25 @@ def _read_header(path: Path) -> InventoryHeader:
         error = exc.errors()[0]
         where = ".".join(str(part) for part in error["loc"])
         raise InventoryError(f"{path}: {error['msg']}", field=where) from exc
+
+
+def _read_templates(path: Path, tasks: Mapping[str, Routing]) -> dict[str, str]:
+    """By task; a missing file is no templates."""
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as exc:
+        raise InventoryError(f"{path}: {exc}") from exc
+    wrong = "not an object" if not isinstance(found, dict) else None
+    for name, template in {} if wrong else found.items():
+        if name not in tasks:
+            wrong = f"{name!r} is no task of the inventory"
+        elif not isinstance(template, str) or template.count(INPUT) != 1:
+            wrong = f"the template of {name!r} does not hold {INPUT} once"
+    if wrong:
+        raise InventoryError(str(path), found=wrong, expected="a template for each of some tasks")
+    return dict(found)
 
 
 def _checked(

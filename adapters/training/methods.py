@@ -76,6 +76,7 @@ class Plan:
     def inventory(self, provenance: Mapping[str, Any]) -> Inventory:
         """The skills as they are now, with the tasks' routings."""
         a, b = self.source.skills.export()
+        data = self.config.data
         name = self.config.skills.dtype
         dtype = DTYPES[name]
         header = self.header.model_copy(update={"dtype": name, "provenance": dict(provenance)})
@@ -84,6 +85,7 @@ class Plan:
             {module: tensor.to(dtype) for module, tensor in a.items()},
             {module: tensor.to(dtype) for module, tensor in b.items()},
             {task: self._routing(number) for number, task in enumerate(self.tasks)},
+            {task: data.templates.get(task, data.template) for task in self.tasks},
         )
 
     def _routing(self, number: int) -> Routing:

@@ -244,7 +244,13 @@ class Registry:
             new = store.unseeded(connection, sorted(inventory.tasks))
             for task_id in new:
                 packed = pack(inventory.tasks[task_id], self.layout, self._sketcher)
-                record = first_generation(self._inventory, task_id, packed, provenance=provenance)
+                record = first_generation(
+                    self._inventory,
+                    task_id,
+                    packed,
+                    template=inventory.templates.get(task_id),
+                    provenance=provenance,
+                )
                 store.put_content(connection, packed)
                 store.add(connection, record)
                 store.mark_seeded(connection, task_id)

@@ -153,6 +153,34 @@ class TestFiles:
         assert list(again.tasks) == ["only"]
         assert again.fingerprint == other.fingerprint
 
+    def test_templates_come_back_with_their_tasks(self, tmp_path: Path) -> None:
+        inventory = drawn()
+        name = next(iter(inventory.tasks))
+        inventory.templates = {name: "Q: {input}\n"}
+        inventory.save(tmp_path)
+        assert Inventory.load(tmp_path).templates == {name: "Q: {input}\n"}
+        inventory.templates = {}
+        inventory.save(tmp_path)
+        assert Inventory.load(tmp_path).templates == {}
+
+    @pytest.mark.parametrize(
+        ("found", "told"),
+        [
+            ('{"nobody": "{input}"}', "'nobody'"),
+            ('{"task-model": "no place"}', "'task-model'"),
+            ('{"task-model": 7}', "'task-model'"),
+            ("[]", "not an object"),
+            ("{", "templates.json"),
+        ],
+    )
+    def test_a_wrong_template_is_named(self, tmp_path: Path, found: str, told: str) -> None:
+        inventory = drawn()
+        inventory.tasks["task-model"] = next(iter(inventory.tasks.values()))
+        inventory.save(tmp_path)
+        (tmp_path / "tasks" / "templates.json").write_text(found)
+        with pytest.raises(InventoryError, match=told):
+            Inventory.load(tmp_path)
+
     def test_a_loaded_inventory_can_be_saved_over_itself(self, tmp_path: Path) -> None:
         drawn().save(tmp_path)
         Inventory.load(tmp_path).save(tmp_path)

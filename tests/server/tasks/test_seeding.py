@@ -27,9 +27,11 @@ def test_the_inventorys_tasks_are_registered_once(
     open_registry: Open, layout: Layout, routing: Make
 ) -> None:
     inventory = inventory_with(layout, {"a": routing(1), "b": routing(2)})
+    inventory.templates["a"] = "{input} is"
     registry = open_registry(inventory=inventory.fingerprint)
     registry.create("b", routing(3))
     assert registry.seed(inventory) == ["a"]
+    assert registry.get("a").template == "{input} is"
     assert registry.get("a").provenance == {"how": "inventory", "from": inventory.fingerprint}
     assert registry.content_bytes("a") == routing(1).to_safetensors()
     assert registry.content_bytes("b") == routing(3).to_safetensors()
@@ -38,6 +40,7 @@ def test_the_inventorys_tasks_are_registered_once(
     again = open_registry(inventory=inventory.fingerprint)
     inventory.tasks["c"] = routing(4)
     assert again.seed(inventory) == ["c"]
+    assert again.get("c").template is None
     with pytest.raises(UnknownTask):
         again.get("a")
 
