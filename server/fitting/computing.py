@@ -27,6 +27,9 @@ from polyhead.server.fitting.worker import Control
 
 logger = logging.getLogger(__name__)
 
+MICRO_TOKENS = 256
+"""Tokens between two pauses: some seconds of one slow core. A stop has to wait that long."""
+
 
 class Computer:
     """Fits batches on one backbone; used by the worker's main thread."""
@@ -78,6 +81,7 @@ class Computer:
             pause=self._pause,
             cancelled=self._control.cancelled.__contains__,
             state_file=state,
+            micro_tokens=MICRO_TOKENS,
             max_tokens=self._max_tokens,
         )
 

@@ -74,8 +74,7 @@ class Lane:
 
     def start(self) -> None:
         """Queue again what the last run left open, and go on with it."""
-        self._jobs.recover()
-        self._state_files.keep({job.batch for job in self._queued() if job.batch})
+        self._state_files.keep(self._jobs.recover())
         self._thread.start()
 
     @property
@@ -133,11 +132,12 @@ class Lane:
     def _wait(self) -> None:
         """Until a job is queued; the worker is ended when that takes long."""
         with self._news:
+            rested = True
             if not self._work_may_wait and not self._stopping:
-                idle = self._options.idle_seconds if self._worker else None
-                if not self._news.wait(idle):
-                    self._let_go()
+                rested = self._news.wait(self._options.idle_seconds if self._worker else None)
             self._work_may_wait = False
+        if not rested:
+            self._let_go()  # not under the lock: it may take a while
 
     def _run(self, taken: list[tuple[Job, Order]]) -> None:
         batch = Batch(taken, self._inventory, self._jobs, self._board, self._persistently)
@@ -209,8 +209,8 @@ class Lane:
 
     def _newly_cancelled(self, batch: Batch) -> set[str]:
         with self._news:
-            found = self._cancelled & set(batch.jobs)
-            self._cancelled -= found
+            found = self._cancelled & batch.jobs.keys()
+            self._cancelled.clear()  # the others were not running
         return found
 
     def _persistently(self, work: Callable[[], T]) -> T | None:
@@ -229,8 +229,3 @@ class Lane:
         with self._news:
             if not self._stopping:
                 self._news.wait(seconds)
-
-    def _queued(self) -> list[Job]:
-        found, cursor = self._jobs.list(1000, state="queued")
-        assert cursor is None or found
-        return [*found]

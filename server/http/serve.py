@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
         try:
             await asyncio.gather(
                 asyncio.to_thread(service.engine.drain, self._drain_seconds),
-                asyncio.to_thread(service.lane.stop),
+                asyncio.to_thread(service.lane.stop, self._drain_seconds),
             )
             while service.bridge.waiting and time.monotonic() < end:
                 await asyncio.sleep(0.01)

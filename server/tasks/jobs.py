@@ -170,10 +170,11 @@ class Jobs:
                 elif job.state == "running":
                     job_rows.update(connection, job.id, {"state": "queued", "batch": None})
 
-    def recover(self) -> None:
+    def recover(self) -> set[str]:
         """Queue again what was running when the server ended; call before the first `take`.
 
         A job that was interrupted `MAX_ATTEMPTS` times fails: it may be what ends the server.
+        Returns the batches that will be resumed.
         """
         with self._database.write() as connection:
             for job in job_rows.oldest(connection, "running"):
@@ -182,6 +183,7 @@ class Jobs:
                     _end(connection, job, "failed", error=error)
                 else:
                     job_rows.update(connection, job.id, {"state": "queued"})
+            return {job.batch for job in job_rows.oldest(connection, "queued") if job.batch}
 
     def _add(self, connection: Connection, task_id: str, base: str | None, order: Order) -> Job:
         other = job_rows.open_job_of(connection, task_id)
