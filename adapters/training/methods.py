@@ -32,6 +32,7 @@ class Plan:
         self.config = config
         self.tasks = tuple(tasks)
         self.backbone = BackboneRef.of(model, backbone)
+        self.start: str | None = None  # fingerprint of the inventory that it starts from
         self.header, skills = self._start(model)
         layout = Layout(
             tuple(m.name for m in self.header.modules), self.header.heads, self.header.skills
@@ -100,6 +101,7 @@ class Plan:
         if self.config.start is not None:
             inventory = Inventory.load(self.config.start)
             inventory.check_backbone(self.backbone)
+            self.start = inventory.fingerprint
             return inventory.header, SharedSkills.of(inventory)
         shape = self.config.skills
         targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)

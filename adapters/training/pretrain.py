@@ -7,7 +7,6 @@ been. Several processes are accelerate's business: `accelerate launch` starts th
 
 import hashlib
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +17,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from polyhead.adapters.inventory import Inventory
-from polyhead.adapters.training import alignment
 from polyhead.adapters.training.checkpoint import (
     Checkpoint,
     last_checkpoint,
@@ -32,14 +29,12 @@ from polyhead.adapters.training.checkpoint import (
 )
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.corpus import Corpus, read_corpus
-from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
+from polyhead.adapters.training.encode import Encoded
 from polyhead.adapters.training.errors import CheckpointError, ConfigError
-from polyhead.adapters.training.factors import Factors
 from polyhead.adapters.training.methods import Plan
-from polyhead.adapters.training.mixture import Mixture, shares
+from polyhead.adapters.training.mixture import Mixture
 from polyhead.adapters.training.records import Records
-from polyhead.adapters.training.schedule import rate_share
-from polyhead.adapters.training.trainable import Trainable
+from polyhead.adapters.training.stepper import StepFigures, Stepper
 
 CHECKPOINTS = "checkpoints"
 INVENTORY = "inventory"
@@ -107,25 +102,7 @@ class Run:
         self._corpus = corpus
         self._plan = plan
         self._accelerator = accelerator
-        self._parts = config.batch.accumulate * accelerator.num_processes
-        if config.batch.examples < self._parts:
-            raise ConfigError(
-                "fewer examples than parts of a step",
-                field="batch.examples",
-                found=str(config.batch.examples),
-                expected=f"at least {self._parts}, for accumulate times processes",
-            )
-        plan.source.to(accelerator.device)
-        self._trainable = Trainable(
-            model,
-            plan.modules,
-            plan.source,
-            plan.header.scaling,
-            checkpointing=config.batch.checkpointing,
-        )
-        self._optimiser = plan.optimiser()
-        self._highest = [group["lr"] for group in self._optimiser.param_groups]
-        self._forward: Any = accelerator.prepare_model(self._trainable)
+        self._stepper = Stepper(config, plan, model, accelerator)
 
     def resume(self) -> None:
         """Take over the last checkpoint, if there is one. Raises `CheckpointError`."""
@@ -137,7 +114,7 @@ class Run:
                 "made with another configuration or other data; choose another output",
                 field=str(self._config.output),
             )
-        restore_state(self._plan.source, self._optimiser, checkpoint.tensors)
+        restore_state(self._plan.source, self._stepper.optimiser, checkpoint.tensors)
         self.step = checkpoint.step
         self.losses = dict(checkpoint.facts["losses"])
 
@@ -148,7 +125,7 @@ class Run:
             if self.step >= config.optimiser.steps:
                 break
             began = time.perf_counter()
-            figures = self._learn(drawn)
+            figures = self._figures(self._stepper.learn(self.step, drawn), drawn)
             self.step += 1
             seconds = time.perf_counter() - began
             if records is None:
@@ -163,7 +140,7 @@ class Run:
 
     def finish(self) -> Trained:
         """Give the backbone back and write the inventory, whole or not at all."""
-        self._trainable.detach()
+        self._stepper.trainable.detach()
         inventory = self._plan.inventory(self._provenance())
         folder = self._config.output / INVENTORY
         if self._accelerator.is_main_process:
@@ -185,93 +162,23 @@ class Run:
             seed=self._config.seed,
         )
 
-    def _learn(self, drawn: Sequence[tuple[int, Encoded]]) -> dict[str, Any]:
-        rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        # Sampled weights, too, are a function of the step, so a resumed run draws the same.
-        torch.manual_seed(random.Random(f"{self._config.seed}/{self.step}/{rank}").getrandbits(63))
-        own = shares(drawn, self._parts)[rank::world]
-        watched = self._watch()
-        sums = torch.zeros(2, len(self._corpus.tasks), device=self._accelerator.device)
-        for number, part in enumerate(own):
-            last = number == len(own) - 1
-            sums += self._backward(part, len(drawn) / world, synchronise=last)
-        norm = self._update()
-        totals: Any = self._accelerator.reduce(sums, reduction="sum")
-        figures = self._figures(totals.tolist(), drawn)
-        figures["gradient_norm"] = norm
-        if watched:
-            figures["alignment"] = alignment.mean_cosine(alignment.gram(watched[0]))
-        return figures
-
-    def _backward(
-        self, part: Sequence[tuple[int, Encoded]], examples: float, synchronise: bool
-    ) -> Tensor:
-        """Adds the gradients of one part; answers `[2, tasks]`: sums of losses, and counts."""
-        batch = pack([one for _, one in part], [task for task, _ in part])
-        batch = batch.to(self._accelerator.device)
-        owners = torch.tensor(batch.example_task, device=self._accelerator.device)
-        alone = nullcontext() if synchronise else self._accelerator.no_sync(self._forward)
-        with alone:
-            losses = self._losses(batch)
-            self._accelerator.backward(losses.sum() / examples)
-        sums = torch.zeros(2, len(self._corpus.tasks), device=losses.device)
-        both = torch.stack([losses.detach().float(), torch.ones_like(losses)])
-        return sums.index_add_(1, owners, both)
-
-    def _losses(self, batch: TrainingBatch) -> Tensor:
-        # Not accelerate's mixed precision, which cannot differ between two runs of one process.
-        device = self._accelerator.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._config.batch.bfloat16):
-            losses: Tensor = self._forward(batch)
-        return losses
-
-    def _update(self) -> float:
-        options = self._config.optimiser
-        share = rate_share(self.step, options)
-        for group, highest in zip(self._optimiser.param_groups, self._highest, strict=True):
-            group["lr"] = highest * share
-        limit = float("inf") if options.clip is None else options.clip
-        norm = torch.nn.utils.clip_grad_norm_(self._plan.source.parameters(), limit)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        return float(norm)
-
-    def _figures(
-        self, totals: list[list[float]], drawn: Sequence[tuple[int, Encoded]]
-    ) -> dict[str, Any]:
-        sums, counts = totals
-        seen = {
-            task: total / count
-            for task, total, count in zip(self._corpus.tasks, sums, counts, strict=True)
-            if count
-        }
+    def _figures(self, found: StepFigures, drawn: Sequence[tuple[int, Encoded]]) -> dict[str, Any]:
+        by_task = zip(self._corpus.tasks, found.sums, found.counts, strict=True)
+        seen = {task: total / count for task, total, count in by_task if count}
         for task, loss in seen.items():
             before = self.losses.get(task, loss)
             self.losses[task] = SMOOTHING * before + (1 - SMOOTHING) * loss
-        return {
-            "loss": sum(sums) / sum(counts),
-            "rate": self._optimiser.param_groups[0]["lr"],
+        figures: dict[str, Any] = {
+            "loss": sum(found.sums) / sum(found.counts),
+            "rate": found.rate,
+            "gradient_norm": found.gradient_norm,
             "tokens": sum(len(one) for _, one in drawn),
             "tasks": seen,
         }
-
-    def _watch(self) -> list[Factors]:
-        """Whether and where this step's first part is measured: the factors, once they are made."""
-        every = self._config.records.alignment_every
-        found: list[Factors] = []
-        if every is None or (self.step + 1) % every:
-            return found
-
-        def keep(factors: Factors) -> None:
-            self._trainable.on_factors = None
-            alignment.watch(factors)
-            found.append(factors)
-
-        self._trainable.on_factors = keep
-        return found
+        return figures if found.alignment is None else {**figures, "alignment": found.alignment}
 
     def _save(self) -> None:
-        tensors = training_state(self._plan.source, self._optimiser)
+        tensors = training_state(self._plan.source, self._stepper.optimiser)
         facts = {"run": self._identity, "losses": self.losses}
         folder = self._config.output / CHECKPOINTS
         save_checkpoint(folder, Checkpoint(self.step, tensors, facts), self._config.records.keep)
@@ -282,6 +189,7 @@ class Run:
         plain = self._config.model_dump(mode="json", exclude={"output", "records", "backbone"})
         plain["batch"].pop("threads")
         plain["backbone"] = self._plan.backbone.fingerprint
+        plain["start"] = self._plan.start
         plain["data"]["train"] = [source["sha256"] for source in self._corpus.sources]
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -291,6 +199,7 @@ class Run:
             "steps": self.step,
             "seed": self._config.seed,
             "trained_numbers": self._plan.trained_numbers,
+            "start": self._plan.start,
             "losses": {task: round(loss, 4) for task, loss in sorted(self.losses.items())},
             "data": list(self._corpus.sources),
             "config": self._config.model_dump(mode="json", exclude={"output", "records"}),

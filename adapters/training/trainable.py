@@ -95,7 +95,7 @@ class Trainable(nn.Module):
             )
         finally:
             self._keep = None
-        return cast(Tensor, out.logits[0])
+        return cast(Tensor, out.logits.flatten(0, 1))  # one index would cost a copy in backward
 
     def bare(self) -> None:
         """Forget the last batch, so that the backbone alone answers until the next one."""
