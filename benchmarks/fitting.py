@@ -17,6 +17,7 @@ from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.evaluate import EvalOptions, shots_of
 from polyhead.adapters.training.fewshot import FitOptions, FitTask, fit
 from polyhead.adapters.training.suite import SuiteTask, read_suite
+from polyhead.server.commands.fit import MICRO_TOKENS
 
 TOGETHER = 16
 EXAMPLES = 32
@@ -45,7 +46,7 @@ def main(
     singles = _middle(tasks, tokenizer, alone)
 
     def run(chosen: Sequence[FitTask]) -> timing.Run:
-        return _measure(lambda: fit(model, loaded, tokenizer, chosen))
+        return _measure(lambda: fit(model, loaded, tokenizer, chosen, micro_tokens=MICRO_TOKENS))
 
     run([_fit_task(_sixteen(read_suite(suite))[0], FitOptions(method="z", steps=1))])
     runs = []

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from polyhead.adapters.training.fewshot import FitResult, FitTask
 
 SUFFIX = ".safetensors"
+MICRO_TOKENS = 1024
+"""Of one forward pass: nobody waits for a pause, and larger ones are a tenth faster."""
 
 
 def fit_command(
@@ -127,7 +129,10 @@ def _fit(
     loaded = Inventory.load(inventory)
     model, tokenizer = load_for_fitting(backbone, device)
     with FitBars() as bars:
-        return loaded, fit(model, loaded, tokenizer, tasks, report=bars.report)
+        results = fit(
+            model, loaded, tokenizer, tasks, report=bars.report, micro_tokens=MICRO_TOKENS
+        )
+        return loaded, results
 
 
 def _write(results: Sequence["FitResult"], out: Path, *, several: bool) -> None:
