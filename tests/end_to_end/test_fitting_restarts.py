@@ -79,7 +79,13 @@ def test_sigterm_saves_what_runs_and_the_next_server_goes_on(
         before = reach(server, cut, step=60)["progress"]["step"]
         assert before < STEPS
         (worker,) = server.children()
-        server.process.send_signal(signal.SIGTERM)
+        with server.client.stream("GET", f"/jobs/{cut}/events") as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-2] == "event: error"
+        assert "engine_draining" in rest[-1]
         assert server.process.wait(60) == 0
         assert not alive(worker)
     database = Database(tmp_path, lock_timeout=5)
