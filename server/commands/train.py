@@ -23,7 +23,7 @@ def train_command(
 ) -> None:
     """Learn skills and routings on many tasks, or go on where a killed run stopped.
 
-    Several GPUs: `accelerate launch --no-python polyhead train --config FILE`.
+    Several GPUs: `accelerate launch --no_python polyhead train --config FILE`.
     """
     from polyhead.adapters.training.config import read_config
     from polyhead.adapters.training.errors import ConfigError

@@ -261,17 +261,21 @@ def test_settings_that_cannot_be_met_are_named(world: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
-    """As `accelerate launch` runs it: examples are shared out, gradients averaged."""
+    """Under accelerate, with torch's launcher: examples are shared out, gradients averaged."""
     run(config(world, tmp_path / "one"))
-    plain = table(world, tmp_path / "two")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     script = tmp_path / "run.py"
-    script.write_text(RUN)
-    port = ["--main_process_port", str(free_port())]
-    subprocess.run(
-        [*launch, *port, str(script), json.dumps(plain)], check=True, timeout=240, cwd=world
+    script.write_text(RUN + "from accelerate import PartialState\nprint(PartialState())\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launch += ["--master_port", str(free_port()), str(script)]
+    launched = subprocess.run(
+        [*launch, json.dumps(table(world, tmp_path / "two"))],
+        timeout=240,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
+    assert launched.returncode == 0, launched.stderr
+    assert "Num processes: 2" in launched.stdout
     first, second = (curve(tmp_path / name) for name in ("one", "two"))
     assert [step for step, _ in second] == list(range(1, 13)), "one process writes, not both"
     assert [loss for _, loss in second] == pytest.approx([loss for _, loss in first], rel=1e-3)
