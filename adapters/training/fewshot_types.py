@@ -28,7 +28,7 @@ class FitOptions:
     steps: int = 60
     logits_rate: float = 0.5  # of a routing alone; beside skills a hundred times `rate`
     rate: float = 3e-3  # of A and B
-    batch_examples: int = 8  # a step
+    batch_examples: int = 4  # a step
     patience: int = 3  # scorings without improvement before it stops
     holdout: float | None = None
     folds: int | None = None

@@ -245,7 +245,7 @@ def test_the_backbone_is_given_back_as_it_was() -> None:
 def test_auto_tries_an_adapter_where_the_routing_falls_short() -> None:
     model, inventory = world()
     hard = task("first", first_letter, method="auto", steps=12)
-    easy = task("always", always_q, 11, method="auto", steps=60, holdout=0.3, patience=6)
+    easy = task("always", always_q, 11, steps=60, batch_examples=8, holdout=0.3, patience=6)
     found = {one.task: one for one in fit(model, inventory, byte_tokenizer(), [hard, easy])}
     tried = {name: [m.method for m in one.methods] for name, one in found.items()}
     assert tried["first"] == ["z", "mu", "prompted"]
