@@ -124,24 +124,32 @@ def inject(
     return Injection(model, inventory, costs)
 
 
-def _find_layers(model: PreTrainedModel, inventory: Inventory) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, RoutedLinear):  # even elsewhere: a plan is made for one injection
-            raise InjectionError("an inventory is already injected", field=name)
+def layers_of(model: nn.Module, modules: Sequence[ModuleShape]) -> dict[str, nn.Module]:
+    """The model's linear layers of these names and widths. Raises `InjectionError` for a missing
+    or other one."""
+    layers = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
-    for wanted in inventory.header.modules:
-        module = modules.get(wanted.name)
-        shape = None if module is None else linear_shape(module)
-        if module is None or shape != (wanted.in_features, wanted.out_features):
+    for wanted in modules:
+        layer = layers.get(wanted.name)
+        shape = None if layer is None else linear_shape(layer)
+        if layer is None or shape != (wanted.in_features, wanted.out_features):
             raise InjectionError(
                 "the backbone has no such linear layer",
                 field=wanted.name,
-                found="nothing" if module is None else f"{type(module).__name__} {shape}",
+                found="nothing" if layer is None else f"{type(layer).__name__} {shape}",
                 expected=f"a linear layer {(wanted.in_features, wanted.out_features)}",
             )
-        _check_heads(wanted, inventory.header.heads)
-        found[wanted.name] = module
+        found[wanted.name] = layer
+    return found
+
+
+def _find_layers(model: PreTrainedModel, inventory: Inventory) -> dict[str, nn.Module]:
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedLinear):  # even elsewhere: a plan is made for one injection
+            raise InjectionError("an inventory is already injected", field=name)
+    found = layers_of(model, inventory.header.modules)
+    for module_shape in inventory.header.modules:
+        _check_heads(module_shape, inventory.header.heads)
     return found
 
 

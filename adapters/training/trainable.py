@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from polyhead.adapters.errors import InjectionError
-from polyhead.adapters.inject import linear_shape
+from polyhead.adapters.inject import layers_of
 from polyhead.adapters.inventory import ModuleShape
 from polyhead.adapters.layers import RoutedLinear
 from polyhead.adapters.training import attention
@@ -137,23 +137,10 @@ def _output_head(model: PreTrainedModel) -> nn.Module:
 
 
 def _originals(model: PreTrainedModel, modules: Sequence[ModuleShape]) -> dict[str, nn.Module]:
-    layers = dict(model.named_modules())
-    for name, layer in layers.items():
+    for name, layer in model.named_modules():
         if isinstance(layer, RoutedLinear | TrainedLinear):
             raise InjectionError("the backbone carries adapters already", field=name)
-    found: dict[str, nn.Module] = {}
-    for module in modules:
-        layer = layers.get(module.name)
-        shape = None if layer is None else linear_shape(layer)
-        if layer is None or shape != (module.in_features, module.out_features):
-            raise InjectionError(
-                "the backbone has no such linear layer",
-                field=module.name,
-                found="nothing" if layer is None else f"{type(layer).__name__} {shape}",
-                expected=f"a linear layer {(module.in_features, module.out_features)}",
-            )
-        found[module.name] = layer
-    return found
+    return layers_of(model, modules)
 
 
 def _checkpointed(model: PreTrainedModel) -> list[nn.Module]:
