@@ -10,7 +10,7 @@ from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.plan import GroupSlot, RoutedTask
 from polyhead.adapters.planner import Planner
 
-FEW, MANY, REPEATS = 1, 32, 5
+FEW, MANY, REPEATS = 1, 32, 3
 """Tokens of the two measured batches, and how often each is timed."""
 TASKS = 4
 """Combined tasks of a measured step: one would find its factors in the cache, time after time,
