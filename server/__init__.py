@@ -2,6 +2,6 @@
 
 import os
 
-# OpenMP reads it when torch is first imported. Threads that spin while they wait hold the very
-# core that the one they wait for needs, wherever cores are fewer than what wants to run.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads it when torch is first imported. Threads that spin for long while they wait hold the
+# very core that the one they wait for needs; those that sleep at once wake too late.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
