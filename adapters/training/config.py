@@ -113,7 +113,9 @@ class TrainingConfig(Part):
     backbone: str = Field(description="Folder of a transformers model")
     output: Path = Field(description="Folder of the run; its `inventory` is the result")
     method: Method = "mhr"
-    start: Path | None = Field(default=None, description="Inventory that mu-zero-shot starts from")
+    start: Path | None = Field(
+        default=None, description="Inventory whose skills and routings training goes on from"
+    )
     seed: int = 0
     data: DataPart
     skills: SkillsPart = SkillsPart()
@@ -127,8 +129,8 @@ class TrainingConfig(Part):
         if one_head or (self.method == "lora" and self.skills.skills != 1):
             wanted = "heads = 1, skills = 1" if self.method == "lora" else "heads = 1"
             raise ValueError(f"method {self.method!r} means {wanted} in [skills]")
-        if (self.method == "mu-zero-shot") != (self.start is not None):
-            raise ValueError("`start` names an inventory for mu-zero-shot and for nothing else")
+        if self.method == "mu-zero-shot" and self.start is None:
+            raise ValueError("mu-zero-shot needs an inventory to `start` from")
         return self
 
     @property

@@ -11,7 +11,7 @@ from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, RoutedTask
 from polyhead.adapters.routing import Routing
 from polyhead.adapters.training.data import Example
-from polyhead.adapters.training.encode import Encoder
+from polyhead.adapters.training.encode import DEFAULT_TEMPLATE, Encoder
 from polyhead.adapters.training.fewshot import FitOptions, FitProgress, FitTask, fit
 from polyhead.adapters.training.fewshot_prompted import fitting_shots, prompt_with_shots
 from polyhead.adapters.training.fewshot_types import TrainedMethod
@@ -113,15 +113,15 @@ def systems(
     """Everything to measure: the bare backbone twice, the average, and what was learned."""
     uniform = _routed(Routing.uniform(inventory.layout), inventory, "uniform")
     for task in tasks:
-        encoder = Encoder(tokenizer, task.template)
-        plain = encoder.prompt_text
+        plain = Encoder(tokenizer, task.template).prompt_text
+        shown = Encoder(tokenizer, DEFAULT_TEMPLATE)  # its prompt says once what is asked
         stop = ("\n\n",) if any("\n" in one.output for one in task.test) else ("\n",)
         first = options.seeds[0]
         yield System("base", task, first, None, _Instructed(tokenizer, task))
         for seed in options.seeds:
             shots = shots_of(task, options, seed)[: options.shots]
-            shots = fitting_shots(tokenizer, encoder, shots)
-            prompt = _Prompted(encoder, tuple(shots), task.description)
+            shots = fitting_shots(tokenizer, shown, shots)
+            prompt = _Prompted(shown, tuple(shots), task.description)
             yield System(f"base, {options.shots} shots", task, seed, None, prompt, stop)
         yield System("uniform", task, first, uniform, plain)
         if not task.held_out and task.name in inventory.tasks:
@@ -188,10 +188,10 @@ class _Instructed:
     task: SuiteTask
 
     def __call__(self, example: Example) -> str:
-        text = f"{self.task.description}\n{self.task.template.replace('{input}', example.input)}"
+        text = f"{self.task.description}\n{example.input}"
         if self.tokenizer.chat_template is None:
-            return text
-        turns = [{"role": "user", "content": text.strip()}]
+            return f"{text}\n"
+        turns = [{"role": "user", "content": text}]
         return str(
             self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         )

@@ -16,6 +16,7 @@ from polyhead.adapters.inventory import (
 )
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.adapters.training.config import TrainingConfig
+from polyhead.adapters.training.errors import ConfigError
 from polyhead.adapters.training.factors import RoutedSource, Routings, SharedSkills
 
 UNROUTED = ("lora", "mu-zero-shot")
@@ -33,7 +34,8 @@ class Plan:
         self.tasks = tuple(tasks)
         self.backbone = BackboneRef.of(model, backbone)
         self.start: str | None = None  # fingerprint of the inventory that it starts from
-        self.header, skills = self._start(model)
+        inventory = self._inventory()
+        self.header, skills = self._fresh(model) if inventory is None else _taken(inventory)
         layout = Layout(
             tuple(m.name for m in self.header.modules), self.header.heads, self.header.skills
         )
@@ -45,6 +47,8 @@ class Plan:
             uniform=config.method in UNROUTED,
             generator=torch.Generator().manual_seed(config.seed + 1),
         )
+        if inventory is not None and config.method not in UNROUTED:
+            self._take_routings(routings, inventory)
         self.layout = layout
         self.source = RoutedSource(skills, routings)
 
@@ -97,12 +101,40 @@ class Plan:
         values = values[0] if granularity == "model" else values
         return Routing.checked(values, self.layout, granularity=granularity)
 
-    def _start(self, model: PreTrainedModel) -> tuple[InventoryHeader, SharedSkills]:
-        if self.config.start is not None:
-            inventory = Inventory.load(self.config.start)
-            inventory.check_backbone(self.backbone)
-            self.start = inventory.fingerprint
-            return inventory.header, SharedSkills.of(inventory)
+    def _inventory(self) -> Inventory | None:
+        """What the run starts from. Raises `ConfigError` where the file asks for other skills."""
+        config = self.config
+        if config.start is None:
+            return None
+        inventory = Inventory.load(config.start)
+        inventory.check_backbone(self.backbone)
+        for name in sorted(config.skills.model_fields_set & {"heads", "skills", "rank", "scaling"}):
+            wanted, has = getattr(config.skills, name), getattr(inventory.header, name)
+            if wanted != has:
+                raise ConfigError(
+                    f"the inventory to start from has {has}",
+                    field=f"skills.{name}",
+                    found=str(wanted),
+                )
+        self.start = inventory.fingerprint
+        return inventory
+
+    def _take_routings(self, routings: Routings, inventory: Inventory) -> None:
+        """Tasks that the inventory knows go on from their logits, the others start near 0."""
+        for number, task in enumerate(self.tasks):
+            known = inventory.tasks.get(task)
+            if known is None or known.kind != "logits":
+                continue
+            if known.granularity != routings.granularity:
+                raise ConfigError(
+                    f"the routings of the inventory to start from are by {known.granularity}",
+                    field="skills.granularity",
+                    found=routings.granularity,
+                )
+            with torch.no_grad():
+                routings.logits[number] = known.values
+
+    def _fresh(self, model: PreTrainedModel) -> tuple[InventoryHeader, SharedSkills]:
         shape = self.config.skills
         targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
         modules = find_modules(model, targets, shape.heads)
@@ -117,3 +149,7 @@ class Plan:
         generator = torch.Generator().manual_seed(self.config.seed)
         sizes = (shape.heads, shape.skills, shape.rank)
         return header, SharedSkills.fresh(modules, *sizes, generator)
+
+
+def _taken(inventory: Inventory) -> tuple[InventoryHeader, SharedSkills]:
+    return inventory.header, SharedSkills.of(inventory)

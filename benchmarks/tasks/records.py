@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks.sources import Source
-from benchmarks.tasks.spec import TEMPLATE, Pair, TaskSpec
+from benchmarks.tasks.spec import Pair, TaskSpec
 from benchmarks.tasks.split import SPLITS, Splits
 
 HASHES = Path(__file__).with_name("hashes.json")
@@ -49,7 +49,7 @@ def describe(spec: TaskSpec, splits: Splits, files: Mapping[str, bytes]) -> dict
         "name": spec.name,
         "kind": spec.kind,
         "description": spec.description,
-        "template": TEMPLATE,
+        "template": spec.template,
         "held_out": spec.held_out,
         "choices": list(spec.choices) if spec.choices else None,
         "sources": [describe_source(source) for source in spec.sources],

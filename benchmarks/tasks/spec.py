@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from benchmarks.tasks.sources import Source
 
-TEMPLATE = "{input}\n"
 HELD_SHARE = 0.4
 """Of the words and emoji; held-out tasks need 264 items each, training tasks up to 1,264."""
 
@@ -41,6 +40,11 @@ class TaskSpec:
     candidates: Callable[[], Iterable[Pair]]
     held_out: bool = False
     choices: tuple[str, ...] | None = None
+
+    @property
+    def template(self) -> str:
+        """What a model reads: the instruction leads it to what it already knows."""
+        return f"{self.description.removesuffix('.')}: {{input}}\n"
 
 
 def normal(text: str) -> str:

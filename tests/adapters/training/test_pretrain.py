@@ -214,6 +214,32 @@ def test_zero_shot_mu_tunes_the_average(world: Path, tmp_path: Path) -> None:
     assert start < curve(tmp_path / "mhr")[0][1], "it begins where the inventory's average is"
 
 
+def test_training_goes_on_from_an_inventory(world: Path, tmp_path: Path) -> None:
+    first = run(config(world, tmp_path / "first"))
+    given = config(world, tmp_path / "more", start=str(tmp_path / "first/inventory"))
+    again = run(given)
+    assert curve(tmp_path / "more")[0][1] < curve(tmp_path / "first")[0][1]
+    assert again.inventory.header.provenance["start"] == first.inventory.fingerprint
+
+    nothing = {"rate": 1e-30, "logits_rate": 1e-30}
+    still = run(config(world, tmp_path / "still", start=given.start, optimiser=nothing))
+    for task, routing in first.inventory.tasks.items():
+        assert torch.equal(still.inventory.tasks[task].values, routing.values)
+    assert not any(
+        torch.equal(again.inventory.tasks[task].values, routing.values)
+        for task, routing in first.inventory.tasks.items()
+    )
+
+
+def test_going_on_from_other_skills_is_refused(world: Path, tmp_path: Path) -> None:
+    run(config(world, tmp_path / "first"))
+    start = str(tmp_path / "first/inventory")
+    with pytest.raises(ConfigError, match=r"skills\.rank: .*start from has"):
+        run(config(world, tmp_path / "more", start=start, skills={"rank": 7}))
+    with pytest.raises(ConfigError, match=r"skills\.granularity: .*by module"):
+        run(config(world, tmp_path / "more", start=start, skills={"granularity": "block"}))
+
+
 def test_zero_shot_mu_wants_the_inventorys_backbone(world: Path, tmp_path: Path) -> None:
     run(config(world, tmp_path / "mhr"))
     save_backbone(tiny_model(seed=9), tmp_path / "other")
