@@ -55,9 +55,11 @@ class Answers:
                 continue  # another choice of the same request has just ended it
             if found.overflow:
                 events += self.fail([row.sequence.request.id], OVERFLOW, overflow=True)
-            elif row.sequence.sample and found.token is not None:
-                events.append(self._extend(row.sequence, found.token, found))
-            elif not row.sequence.sample and row.sequence.index != STEM:
+            elif row.sequence.sample:
+                row.sequence.logprobs += found.scored
+                if found.token is not None:
+                    events.append(self._extend(row.sequence, found.token, found))
+            elif row.sequence.index != STEM:
                 events += self._score(row, found)
         return events
 
@@ -100,8 +102,15 @@ class Answers:
         if reason is not None:
             text += stream.flush()
             self._close(sequence)
-        logprobs = () if found.logprob is None else (found.logprob,)
-        return Output(request.id, sequence.index, text, (token,), logprobs, reason)
+        return Output(
+            request.id,
+            sequence.index,
+            text,
+            (token,),
+            () if found.logprob is None else (found.logprob,),
+            reason,
+            prompt_logprobs=tuple(sequence.logprobs) if len(sequence.generated) == 1 else (),
+        )
 
     def _score(self, row: Row, found: Sampled) -> list[Event]:
         sequence = row.sequence

@@ -29,10 +29,8 @@ class Row:
     @property
     def scored(self) -> range:
         """Positions whose logits give the log-probability of a given token that follows."""
-        if self.sequence.sample or self.sequence.index < 0:
-            return range(0)
-        first = max(self.start, len(self.sequence.request.prompt) - 1)
-        return range(first, min(self.stop, len(self.sequence.tokens) - 1))
+        wanted = self.sequence.unscored
+        return range(max(self.start, wanted.start), min(self.stop, wanted.stop))
 
 
 @dataclass(frozen=True)

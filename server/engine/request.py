@@ -23,6 +23,8 @@ class SamplingParams:
     top_k: int = 0  # 0 is off
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # taken once from every token that the answer holds
+    frequency_penalty: float = 0.0  # taken each time that the answer holds the token
     seed: int | None = None  # None draws one at admission
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # None is off; k gives the chosen token and k alternatives
@@ -35,7 +37,8 @@ class Request:
     """One admitted request: token ids, the adapter that answers it, and how to sample.
 
     `continuations` makes it a scoring request: nothing is sampled, and for each continuation the
-    log-probabilities of its tokens after the prompt come back.
+    log-probabilities of its tokens after the prompt come back. `echo` asks for those of the
+    prompt's own tokens, from the second on, beside what is sampled.
     """
 
     id: str
@@ -45,6 +48,7 @@ class Request:
     adapter: "Adapter" = None  # None is the bare backbone
     params: SamplingParams = field(default_factory=SamplingParams)
     continuations: tuple[tuple[int, ...], ...] = ()
+    echo: bool = False
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on time.monotonic()'s clock
     arrival: float = field(default_factory=time.monotonic)
@@ -77,6 +81,8 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0  # prompt tokens that were not computed again
+    started: float | None = None  # with the first output: when the request's first step began
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of an echo, with the choice's first token
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Runs one batch through the backbone: cache operations, plan, forward pass, sampling."""
 
+import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +39,15 @@ class Packed:
     logits: list[LogitRow] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class RunReport:
+    """What a step took, in seconds, and the tasks in it by the form chosen for them."""
+
+    forward: float = 0.0
+    sample: float = 0.0
+    forms: Mapping[str, int] = field(default_factory=dict)
+
+
 class Runner:
     """Owns the backbone, its adapters and the key-value store. Belongs to one thread.
 
@@ -52,6 +63,8 @@ class Runner:
         self._injection = injection
         self._capacities = capacities
         self._shape = KVShape.of(model.config)
+        self._forms: Mapping[str, int] = {"bare": 1}  # of the step that is being computed
+        self.report = RunReport()  # of the last step
         model.set_attn_implementation(IMPLEMENTATION)
         self.reset()
 
@@ -77,10 +90,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; answers in the order of `batch.rows`."""
+        began = time.monotonic()
         self.carry_out(batch.operations)
         packed = _pack(self._arrange(batch.rows))
         logits = self._forward(packed)
+        computed = time.monotonic()
         found = _read(logits, packed.logits)
+        self.report = RunReport(computed - began, time.monotonic() - computed, self._forms)
         return [found.get(id(row), Sampled()) for row in batch.rows]
 
     def _arrange(self, rows: Ordered[Row]) -> list[Row]:
@@ -105,6 +121,7 @@ class Runner:
                 return self._call(inputs)
             adapters = [row.sequence.request.adapter for row in packed.rows]
             plan = self._injection.plan(adapters, [row.count for row in packed.rows])
+            self._forms = plan.forms
             with use_plan(plan):
                 return self._call(inputs)
 
@@ -144,11 +161,13 @@ def _read(logits: Tensor, entries: Ordered[LogitRow]) -> dict[int, Sampled]:
     scored = [i for i, entry in enumerate(entries) if entry.scored is not None]
     if scored:
         given = [entry.scored for entry in entries if entry.scored is not None]
-        values = logprobs_of(logits[scored], given, [0] * len(given))
+        wanted = [entries[i].row.sequence.request.params.logprobs or 0 for i in scored]
+        values = logprobs_of(logits[scored], given, wanted)
         by_row: dict[int, list[TokenLogprob]] = {}
         for i, value in zip(scored, values, strict=True):
             by_row.setdefault(id(entries[i].row), []).append(value)
-        found |= {key: Sampled(scored=tuple(parts)) for key, parts in by_row.items()}
+        for key, parts in by_row.items():
+            found[key] = replace(found.get(key, Sampled()), scored=tuple(parts))
     return found
 
 
@@ -160,6 +179,7 @@ def _draw_of(row: Row) -> Draw:
         sequence.index,
         len(sequence.tokens),
         sequence.tokens,
+        len(sequence.request.prompt),
     )
 
 

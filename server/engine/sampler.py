@@ -1,5 +1,6 @@
 """Drawing tokens from logits, each row by its own parameters."""
 
+from collections import Counter
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
@@ -22,12 +23,14 @@ class Draw:
     choice: int
     position: int
     tokens: Ordered[int]
+    prompt: int = 0  # how many of the tokens were asked, not answered
 
 
 def sample(logits: Tensor, draws: Ordered[Draw]) -> list[int]:
     """One token per row. logits `[n, V]`, of any float dtype; they are not changed.
 
-    The order of filters is transformers': repetition penalty, temperature, top-k, top-p, min-p.
+    The order of filters is transformers': repetition penalty, temperature, top-k, top-p, min-p;
+    presence and frequency penalties (OpenAI's) follow the repetition penalty.
     A row's randomness depends on its seed, choice and position only, never on its neighbours.
     """
     if all(_plain(draw.params) for draw in draws):
@@ -63,16 +66,24 @@ def logprobs_of(
 
 
 def _plain(params: SamplingParams) -> bool:
-    return params.temperature == 0 and params.repetition_penalty == 1
+    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    return params.temperature == 0 and penalties == (1, 0, 0)
 
 
 def _penalise(scores: Tensor, draw: Draw) -> None:
-    """Divide positive and multiply negative scores of tokens already there (CTRL, 1909.05858)."""
-    penalty = draw.params.repetition_penalty
+    """Divide positive and multiply negative scores of tokens already there (CTRL, 1909.05858);
+    then subtract from those of the answer's own tokens, once and by their number."""
+    params = draw.params
+    penalty = params.repetition_penalty
     if penalty != 1:
         seen = torch.tensor(sorted(set(draw.tokens)), device=scores.device)
         old = scores[seen]
         scores[seen] = torch.where(old < 0, old * penalty, old / penalty)
+    counts = Counter(draw.tokens[draw.prompt :])
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        said = torch.tensor(list(counts), device=scores.device)
+        times = torch.tensor(list(counts.values()), device=scores.device)
+        scores[said] -= params.presence_penalty + params.frequency_penalty * times
 
 
 def _draw(scores: Tensor, draw: Draw) -> int:

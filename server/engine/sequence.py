@@ -35,6 +35,19 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     @property
+    def unscored(self) -> range:
+        """Positions before given tokens whose log-probabilities are wanted and not known yet.
+
+        Preemption forgets keys and values only, so nothing is scored twice.
+        """
+        request = self.request
+        if self.index == STEM or not (request.continuations or request.echo):
+            return range(0)
+        first = 0 if request.echo else len(request.prompt) - 1
+        given = len(request.prompt) if self.sample else len(self.tokens)
+        return range(first + len(self.logprobs), given - 1)
+
+    @property
     def prefilling(self) -> bool:
         return self.remaining > 1
 
@@ -52,7 +65,7 @@ def sequences_of(request: Request) -> list[Sequence]:
     """What to put in line for a request: its only choice, or a stem that carries the choices.
 
     The stem computes all but the prompt's last token; every choice computes that one itself, so
-    each gets its own logits to sample from.
+    each gets its own logits to sample from. Choices that echo the prompt compute all of it.
     """
     prompt = list(request.prompt)
     if request.continuations:
@@ -65,7 +78,7 @@ def sequences_of(request: Request) -> list[Sequence]:
         Sequence(request, index, body, sample=not request.continuations, seed=seed)
         for index, body in enumerate(bodies)
     ]
-    if len(choices) == 1 or len(prompt) == 1:
+    if len(choices) == 1 or len(prompt) == 1 or request.echo:
         return choices
     stem = Sequence(request, STEM, prompt[:-1], sample=False, branches=choices)
     for choice in choices:

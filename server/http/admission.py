@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from polyhead.server.config import Settings
@@ -37,9 +38,21 @@ class Admission:
 
     def generate(self, body: GenerateBody, request_id: str) -> Request:
         """Raises `InvalidValue`, `RoutingError` or the registry's errors."""
-        answerer = self.answerers.find(body)
+        return self.answered(self.answerers.find(body), body, request_id)
+
+    def answered(
+        self,
+        answerer: Answerer,
+        body: GenerateBody,
+        request_id: str,
+        fallbacks: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Request:
+        """The same for one who was found already; `fallbacks` hold where the task has no default.
+
+        Raises `InvalidValue`.
+        """
         prompt = self._prompt(body, answerer.template)
-        params = self._params(body, answerer.defaults, len(prompt))
+        params = self._params(body, {**fallbacks, **answerer.defaults}, len(prompt))
         return self._request(body, answerer, request_id, prompt, params=params)
 
     def score(self, body: ScoreBody, request_id: str) -> Request:
@@ -137,6 +150,8 @@ class Admission:
             top_k=min(merged.top_k, self.vocabulary),
             min_p=merged.min_p,
             repetition_penalty=merged.repetition_penalty,
+            presence_penalty=merged.presence_penalty,
+            frequency_penalty=merged.frequency_penalty,
             seed=merged.seed,
             stop=stop,
             logprobs=merged.logprobs,

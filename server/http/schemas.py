@@ -118,6 +118,8 @@ class Sampling(Body):
     top_k: int = Field(0, ge=0, le=2**31 - 1, description="0 is off")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     stop: StopStrings | None = None
     n: int = Field(1, ge=1)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -478,3 +479,53 @@ def test_an_adapter_that_overflows_fails_its_request_alone() -> None:
         assert len(collector.tokens(sound)) == 12
     finally:
         engine.stop()
+
+
+def known(collector: Collector, request: Request) -> list[list[float]]:
+    """The log-probabilities of each choice's given tokens."""
+    outputs = [event for event in collector.wait(request) if isinstance(event, Output)]
+    found: dict[int, list[float]] = {}
+    for output in outputs:
+        given = output.logprobs if request.continuations else output.prompt_logprobs
+        found.setdefault(output.index, []).extend(entry.logprob for entry in given)
+    return [found[index] for index in sorted(found)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_echo_tells_the_prompt_s_own_log_probabilities(
+    build: Build, collector: Collector, n: int
+) -> None:
+    engine = build(max_step_tokens=16)
+    params = SamplingParams(max_tokens=3, ignore_eos=True, n=n, logprobs=2)
+    echo = ask("e", prompt=40, params=params, echo=True)
+    plain = ask("p", params=params)
+    score = replace(ask("s", prompt=40), prompt=echo.prompt[:1], continuations=(echo.prompt[1:],))
+    engine.start()
+    for request in (echo, plain, score):
+        engine.submit(request)
+    assert known(collector, echo) == [pytest.approx(known(collector, score)[0], abs=1e-4)] * n
+    assert len(known(collector, echo)[0]) == 39
+    assert known(collector, plain) == [[]] * n
+    first = next(e for e in collector.wait(echo) if isinstance(e, Output))
+    assert all(len(entry.top) == 2 for entry in first.prompt_logprobs)
+    alone = replace(echo, id="alone", echo=False)
+    engine.submit(alone)
+    assert collector.tokens(alone) == collector.tokens(echo)
+
+
+def test_a_preempted_score_counts_no_token_twice(build: Build, collector: Collector) -> None:
+    """The score's prompt takes many steps; a more urgent request takes its seat in between."""
+    engine = build(max_step_tokens=4, max_running=1)
+    score = replace(ask("s", prompt=300), prompt=(7,), continuations=(tuple(range(200)),))
+    engine.start()
+    engine.submit(score)
+    eventually(lambda: engine.stats().steps > 10)
+    urgent = ask("u", priority=-1)
+    engine.submit(urgent)
+    collector.wait(urgent)
+    (found,) = known(collector, score)
+    assert engine.stats().preemptions > 0
+    assert len(found) == 200
+    again = replace(score, id="again")
+    engine.submit(again)
+    assert known(collector, again) == [pytest.approx(found, abs=1e-4)]

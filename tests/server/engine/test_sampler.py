@@ -204,3 +204,33 @@ def test_logprobs_are_the_models_own() -> None:
         for token, value in entry.top:
             assert value == pytest.approx(table[row, token].item(), abs=1e-5)
     assert all(entry.top == () for entry in logprobs_of(rows, [0, 0, 0], [0, 0, 0]))
+
+
+def test_presence_and_frequency_look_at_the_answer_only() -> None:
+    row = logits()
+    said = [4, 4, 4, 9]
+    params = SamplingParams(temperature=1.0, presence_penalty=0.5, frequency_penalty=0.75)
+    expected = row.clone()
+    expected[4] -= 0.5 + 3 * 0.75
+    expected[9] -= 0.5 + 0.75
+    probabilities = torch.softmax(expected.double(), -1)
+
+    def tokens(params: SamplingParams) -> list[int]:
+        draws = [Draw(params, 5, 0, i, PROMPT + said, len(PROMPT)) for i in range(DRAWS)]
+        return sample(row.expand(DRAWS, -1), draws)
+
+    statistic, freedom = chi_square(tokens(params), probabilities)
+    assert statistic <= freedom + 5 * math.sqrt(2 * freedom)
+    statistic, freedom = chi_square(tokens(SamplingParams(temperature=1.0)), probabilities)
+    assert statistic > freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_a_penalty_alone_changes_what_is_greedy() -> None:
+    row = logits()[None]
+    first, second = row[0].topk(2).indices.tolist()
+    lead = float(row[0, first] - row[0, second])
+    for name, times in (("presence_penalty", 1), ("frequency_penalty", 3)):
+        for share, wanted in ((0.9, first), (1.1, second)):
+            params = SamplingParams(**{name: share * lead / times})
+            draw = Draw(params, 0, 0, 9, [first, *[first] * 3], 1)
+            assert sample(row, [draw]) == [wanted]
