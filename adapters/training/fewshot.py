@@ -182,7 +182,7 @@ class _Fitting:
         return number in self._cancelled
 
     def _is_due(self, number: int, method: TrainedMethod) -> bool:
-        if (number, method) in self._state.outcomes:
+        if (number, method) in self._state.outcomes.keys() | self._state.overflowed:
             return False
         wanted = self._tasks[number].options.method
         if wanted != "auto":
@@ -231,14 +231,18 @@ class _Fitting:
         trainable = Trainable(self._model, header.modules, parameters.source, header.scaling)
         try:
             joint = JointFit(trainable, learners, runs, parameters, hooks, micro_tokens)
-            if self._state.running is not None:
-                joint.resume(*self._state.running)
+            running = self._state.running
+            # Another round's, where all of its tasks were cancelled since: it will not go on.
+            if running is not None and running[1]["round"] == [method, group]:
+                joint.resume(*running)
             self._joint = (method, group, joint)
             joint.run()
             for number, run in zip(group, runs, strict=True):
                 if run.cancelled:
                     self._cancelled.add(number)
-                elif run.best is not None:
+                elif run.best is None:
+                    self._state.overflowed.add((number, method))
+                else:
                     adapter = parameters.export(run.keeper, run.best)
                     outcome = Outcome(adapter, run.history.score, run.seconds)
                     self._state.outcomes[number, method] = outcome

@@ -18,7 +18,7 @@ from polyhead.adapters.tensor_files import write_tensors
 from polyhead.adapters.training.errors import CheckpointError
 from polyhead.adapters.training.fewshot_types import FitTask, TrainedMethod
 
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class FitState:
 
     prompted: dict[int, tuple[float, float]] = field(default_factory=dict)  # score, seconds
     outcomes: dict[tuple[int, TrainedMethod], Outcome] = field(default_factory=dict)
+    overflowed: set[tuple[int, TrainedMethod]] = field(default_factory=set)  # no outcome
     running: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     """State of the joint fit at hand, with its method and its tasks under "round"."""
 
@@ -56,7 +57,12 @@ def save_state(path: Path, fingerprint: str, state: FitState) -> None:
     if state.running is not None:
         found, running = state.running
         tensors |= {f"running/{name}": tensor for name, tensor in found.items()}
-    facts = {"prompted": state.prompted, "outcomes": outcomes, "running": running}
+    facts = {
+        "prompted": state.prompted,
+        "outcomes": outcomes,
+        "overflowed": sorted(state.overflowed),
+        "running": running,
+    }
     head = {"format": FORMAT, "fingerprint": fingerprint, "facts": json.dumps(facts)}
     write_tensors(path, tensors, head)
 
@@ -88,6 +94,7 @@ def _read(facts: Any, tensors: Mapping[str, Tensor], inventory: Inventory) -> Fi
     for number, (task, method, score, seconds) in enumerate(facts["outcomes"]):
         adapter = _adapter(_below(tensors, f"{number}/"), inventory)
         state.outcomes[task, method] = Outcome(adapter, score, seconds)
+    state.overflowed = {(task, method) for task, method in facts["overflowed"]}
     if facts["running"] is not None:
         state.running = (_below(tensors, "running/"), facts["running"])
     return state

@@ -1,6 +1,7 @@
 """Joint fits: each task as if alone, interrupted and resumed, cancelled, and chosen between."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,30 +139,13 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(
 ) -> None:
     model, inventory = world()
     tasks = [task("first", first_letter, method=method), task("always", always_q, method=method)]
-    whole = fit(model, inventory, byte_tokenizer(), tasks, micro_tokens=200)
+    fit_these = partial(fit, model, inventory, byte_tokenizer(), tasks, micro_tokens=200)
+    whole = fit_these()
     path = tmp_path / "state.safetensors"
-    watch = Watch(stop_after)
     with pytest.raises(FitInterrupted):
-        fit(
-            model,
-            inventory,
-            byte_tokenizer(),
-            tasks,
-            micro_tokens=200,
-            pause=watch.pause,
-            state_file=path,
-        )
+        fit_these(pause=Watch(stop_after).pause, state_file=path)
     resumed = Watch()
-    found = fit(
-        model,
-        inventory,
-        byte_tokenizer(),
-        tasks,
-        micro_tokens=200,
-        report=resumed.report,
-        pause=resumed.pause,
-        state_file=path,
-    )
+    found = fit_these(report=resumed.report, pause=resumed.pause, state_file=path)
     for one, other in zip(whole, found, strict=True):
         assert torch.equal(numbers(one), numbers(other))
         assert one.score == other.score
@@ -173,33 +157,56 @@ def test_an_interrupted_fit_ends_as_if_it_had_not_been(
     assert [numbers(one).tolist() for one in again] == [numbers(one).tolist() for one in found]
 
 
+def test_who_is_cancelled_while_a_fit_rests_does_not_keep_the_others_from_going_on(
+    tmp_path: Path,
+) -> None:
+    model, inventory = world()
+    tasks = [task("gone", always_q, method="z"), task("stays", first_letter, method="lora")]
+    path = tmp_path / "state.safetensors"
+    fit_these = partial(fit, model, inventory, byte_tokenizer(), tasks, state_file=path)
+    with pytest.raises(FitInterrupted):
+        fit_these(pause=Watch(2).pause)
+    found = fit_these(cancelled=lambda name: name == "gone")
+    (alone,) = fit(model, inventory, byte_tokenizer(), tasks[1:])
+    assert [one.task for one in found] == ["stays"]
+    assert (numbers(found[0]) - numbers(alone)).abs().max() < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_method_that_overflowed_is_not_tried_again_after_an_interruption(tmp_path: Path) -> None:
+    model, inventory = world()
+    wild = {name: tensor * 1e30 for name, tensor in inventory.b.items()}
+    inventory = Inventory(inventory.header, inventory.a, wild)
+    path = tmp_path / "state.safetensors"
+    tasks = [task("t", always_q, 1)]
+    fit_it = partial(fit, model, inventory, byte_tokenizer(), tasks, state_file=path)
+    watch, resumed = Watch(), Watch()
+
+    def pause() -> None:
+        if watch.seen:  # z has overflowed at its first step, and this is mu's
+            raise FitInterrupted
+
+    with pytest.raises(FitInterrupted):
+        fit_it(report=watch.report, pause=pause)
+    assert fit_it(report=resumed.report) == []
+    assert {p.method for p in watch.seen} == {"z"}
+    assert {p.method for p in resumed.seen} == {"mu"}
+
+
 def test_the_state_of_another_fit_is_refused(tmp_path: Path) -> None:
     model, inventory = world()
     path = tmp_path / "state.safetensors"
-    fit(
-        model,
-        inventory,
-        byte_tokenizer(),
-        [task("t", always_q, method="z", steps=1)],
-        state_file=path,
-    )
+
+    def fit_for(steps: int) -> None:
+        wanted = [task("t", always_q, method="z", steps=steps)]
+        fit(model, inventory, byte_tokenizer(), wanted, state_file=path)
+
+    fit_for(1)
     with pytest.raises(CheckpointError, match="belongs to another fit"):
-        fit(
-            model,
-            inventory,
-            byte_tokenizer(),
-            [task("t", always_q, method="z", steps=2)],
-            state_file=path,
-        )
+        fit_for(2)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        fit(
-            model,
-            inventory,
-            byte_tokenizer(),
-            [task("t", always_q, method="z", steps=1)],
-            state_file=path,
-        )
+        fit_for(1)
 
 
 def test_a_cancelled_task_leaves_and_the_others_do_not_notice() -> None:
