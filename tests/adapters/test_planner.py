@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from oracles import COMBINED, FACTORED, FORMS, deltas
 from torch import Tensor
 
-from polyhead.adapters import ops
 from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.errors import PlanError
 from polyhead.adapters.inject import inject
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan, RoutedTask
-from polyhead.adapters.planner import Planner, WeightBoard
+from polyhead.adapters.planner import Planner
 
 HEADS, SKILLS, RANK = 4, 4, 3
 EXACT = 1e-5
@@ -143,25 +142,6 @@ def test_rows_join_leave_and_change_places(costs: FormCosts) -> None:
             fresh.build(rows, counts)
         ours, theirs = (outputs(p.build(rows, counts)) for p in (used, fresh))
         assert all(map(torch.equal, ours, theirs))
-
-
-def board() -> WeightBoard:
-    inventory, slots, _ = parts()
-    order = torch.arange(len(inventory.layout.modules))
-    return WeightBoard(HEADS, RANK, slots[-1].columns.stop, order, torch.device("cpu"))
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(steps=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), max_size=8))
-def test_the_board_holds_exactly_the_rows_of_the_last_update(steps: list[list[int]]) -> None:
-    used = board()
-    for step in steps:
-        tasks = [a for a in (adapters()[i] for i in step) if not hasattr(a, "b")]
-        found = used.update(tasks)
-        assert len(found) == len(tasks)
-        for row, task in zip(found, tasks, strict=True):
-            wanted = torch.zeros_like(row) if task is None else ops.spread(task.weights, RANK)
-            assert torch.equal(row, wanted)
 
 
 def test_a_new_generation_replaces_the_old_one() -> None:
