@@ -1,0 +1,183 @@
+"""What can be asked of the registry of tasks, one function for each call; nothing is sent here."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+from urllib.parse import quote
+
+from polyhead.clients.asking import Example, FitOptions, Sampling
+from polyhead.clients.call import Call, Page, Reply, answer, nothing, parse
+from polyhead.clients.calls import given, routing_body
+from polyhead.clients.models import Job, Neighbour, Scalar, Similar, Task, TaskPage
+from polyhead.clients.routing import Routing
+
+PrivateAdapter = bytes | str | Path
+"""The safetensors of a LoRA that a task owns alone: its bytes, or the path of its file."""
+Metadata = Mapping[str, Scalar]
+
+
+def create(
+    id: str,
+    *,
+    routing: Routing | None = None,
+    private_adapter: PrivateAdapter | None = None,
+    template: str | None = None,
+    defaults: Sampling | None = None,
+    metadata: Metadata | None = None,
+) -> Call[Task]:
+    """Register a task from a routing or a private adapter; it is served when this returns.
+
+    template: holds `{input}`. defaults: sampling where a request names none. Raises
+    `ConflictError` where the id is taken.
+    """
+    body = {"id": id, **_content(routing, private_adapter)}
+    body |= given(template=template, defaults=defaults, metadata=metadata)
+    return Call("POST", "/tasks", answer(Task), body)
+
+
+def copy(
+    source: str,
+    id: str,
+    *,
+    template: str | None = None,
+    defaults: Sampling | None = None,
+    metadata: Metadata | None = None,
+) -> Call[Task]:
+    """Register `id` with the numbers of `source`; fields that are not given are its too."""
+    fields = given(template=template, defaults=defaults, metadata=metadata)
+    return Call("POST", "/tasks", answer(Task), {"id": id, "copy_of": source, **fields})
+
+
+def fit_new(
+    id: str,
+    examples: Sequence[Example],
+    *,
+    template: str | None = None,
+    defaults: Sampling | None = None,
+    metadata: Metadata | None = None,
+    **fit: Unpack[FitOptions],
+) -> Call[Job]:
+    """Order a new task to be fitted from examples; it exists once the job has succeeded."""
+    fields = given(template=template, defaults=defaults, metadata=metadata, fit=fit or None)
+    return Call("POST", "/tasks", answer(Job), {"id": id, "examples": list(examples), **fields})
+
+
+def fit(
+    id: str,
+    examples: Sequence[Example],
+    *,
+    template: str | None = None,
+    if_match: str | None = None,
+    **options: Unpack[FitOptions],
+) -> Call[Job]:
+    """Order a task that exists to be fitted anew; until the job succeeded it stays as it is."""
+    body = {"examples": list(examples), **given(template=template, fit=options or None)}
+    return Call("POST", f"{_path(id)}/fit", answer(Job), body, headers=_tag(if_match))
+
+
+def get(id: str) -> Call[Task]:
+    """The task as it is now."""
+    return Call("GET", _path(id), answer(Task), repeatable=True)
+
+
+def list_all(
+    *, prefix: str | None = None, metadata: Metadata | None = None, page_size: int = 100
+) -> Call[Page[Task]]:
+    """All tasks in the order of their ids; pages are fetched as they are needed.
+
+    metadata: only tasks that have all of these values.
+    """
+    pairs = [f"{key}:{value}" for key, value in (metadata or {}).items()]
+    return _tasks({"limit": page_size, **given(prefix=prefix, metadata=pairs or None)})
+
+
+def replace(
+    id: str,
+    *,
+    routing: Routing | None = None,
+    private_adapter: PrivateAdapter | None = None,
+    template: str | None = None,
+    defaults: Sampling | None = None,
+    metadata: Metadata | None = None,
+    if_match: str | None = None,
+) -> Call[Task]:
+    """Replace everything but the id; what is not given is empty then.
+
+    if_match: the generation that the task must be at; `StaleError` where it is at another.
+    """
+    body = _content(routing, private_adapter)
+    body |= given(template=template, defaults=defaults, metadata=metadata)
+    return _changing("PUT", _path(id), answer(Task), body, if_match)
+
+
+def update(
+    id: str,
+    *,
+    template: str | None = None,
+    defaults: Sampling | None = None,
+    metadata: Metadata | None = None,
+    if_match: str | None = None,
+) -> Call[Task]:
+    """Replace what is given, each as a whole: `""` and `{}` remove template, defaults, metadata."""
+    fields = given(template=template, defaults=defaults, metadata=metadata)
+    body = {name: value or None for name, value in fields.items()}
+    return _changing("PATCH", _path(id), answer(Task), body, if_match)
+
+
+def delete(id: str, *, if_match: str | None = None) -> Call[None]:
+    """Remove a task; requests that run on it finish."""
+    return Call("DELETE", _path(id), nothing, headers=_tag(if_match))
+
+
+def routing(id: str) -> Call[Routing]:
+    """The task's routing as it was given. Raises `UnprocessableError` for a private adapter."""
+    return Call("GET", f"{_path(id)}/routing", _routing, repeatable=True)
+
+
+def similar(id: str, *, limit: int = 10) -> Call[list[Neighbour]]:
+    """The tasks whose routings point the same way, nearest first."""
+
+    def read(reply: Reply) -> list[Neighbour]:
+        return parse(Similar, reply.content).similar
+
+    return Call("GET", f"{_path(id)}/similar", read, query={"limit": limit}, repeatable=True)
+
+
+def _tasks(query: Mapping[str, Any]) -> Call[Page[Task]]:
+    def read(reply: Reply) -> Page[Task]:
+        page = parse(TaskPage, reply.content)
+        following = _tasks({**query, "cursor": page.next}) if page.next else None
+        return Page(page.tasks, following)
+
+    return Call("GET", "/tasks", read, query=query, repeatable=True)
+
+
+def _changing(
+    method: str, path: str, read: Any, body: dict[str, Any], if_match: str | None
+) -> Call[Task]:
+    # With a tag, the second of two equal changes is refused because the first one was made.
+    return Call(method, path, read, body, headers=_tag(if_match), repeatable=if_match is None)
+
+
+def _path(id: str) -> str:
+    return f"/tasks/{quote(id, safe='')}"
+
+
+def _tag(if_match: str | None) -> dict[str, str]:
+    return {} if if_match is None else {"If-Match": f'"{if_match}"'}
+
+
+def _routing(reply: Reply) -> Routing:
+    return Routing.from_safetensors(reply.content)
+
+
+def _content(routing: Routing | None, private_adapter: PrivateAdapter | None) -> dict[str, Any]:
+    body: dict[str, Any] = {}
+    if routing is not None:
+        body["routing"] = routing_body(routing)
+    if private_adapter is not None:
+        given_bytes = isinstance(private_adapter, bytes)
+        data = private_adapter if given_bytes else Path(private_adapter).read_bytes()  # type: ignore[arg-type]
+        body["private_adapter"] = {"safetensors": base64.b64encode(data).decode()}  # type: ignore[arg-type]
+    return body
