@@ -66,9 +66,10 @@ def parse_example(record: Any, where: str) -> Example:
     return Example(task, _text(given, "input", where), _text(given, "output", where), choices)
 
 
-def read_jsonl(path: Path | str) -> list[Example]:
+def read_jsonl(path: Path | str, task: str | None = None) -> list[Example]:
     """Examples of a JSONL file, one object a line; blank lines are passed over.
 
+    task: whose examples those are that do not name their task.
     Raises `DataError` that names the file, the line (from 1) and the field.
     """
     path = Path(path)
@@ -85,6 +86,8 @@ def read_jsonl(path: Path | str) -> list[Example]:
             record = json.loads(line)
         except json.JSONDecodeError as exc:
             raise DataError(f"not JSON: {exc.msg} at column {exc.colno}", field=where) from exc
+        if task is not None and isinstance(record, dict):
+            record.setdefault("task", task)
         examples.append(parse_example(record, where))
     if not examples:
         raise DataError("no examples", field=str(path))
@@ -114,9 +117,10 @@ def read_dataset(folder: Path | str) -> list[Example]:
     return examples
 
 
-def read_examples(path: Path | str) -> list[Example]:
-    """A JSONL file, or a folder that `datasets` saved."""
-    return read_dataset(path) if Path(path).is_dir() else read_jsonl(path)
+def read_examples(path: Path | str, task: str | None = None) -> list[Example]:
+    """A JSONL file, whose lines may leave out `task` where it is given here, or a folder that
+    `datasets` saved. Raises `DataError`."""
+    return read_dataset(path) if Path(path).is_dir() else read_jsonl(path, task)
 
 
 def digest(path: Path | str) -> str:

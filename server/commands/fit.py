@@ -82,7 +82,7 @@ def fit_command(
 def _read_tasks(
     path: Path, name: str | None, template: str | None, options: dict[str, Any]
 ) -> list["FitTask"]:
-    from polyhead.adapters.training.data import by_task
+    from polyhead.adapters.training.data import by_task, read_examples
     from polyhead.adapters.training.encode import DEFAULT_TEMPLATE
     from polyhead.adapters.training.errors import ConfigError
     from polyhead.adapters.training.fewshot import FitOptions, FitTask
@@ -91,8 +91,8 @@ def _read_tasks(
         chosen = FitOptions(**options)
     except ConfigError as exc:
         fail(f"--{exc.field.replace('_', '-')}: {exc.message}", 2)
-    form = DEFAULT_TEMPLATE if template is None else json.loads(f'"{template}"', strict=False)
-    found = by_task(_read_examples(path, name))
+    form = DEFAULT_TEMPLATE if template is None else _unescaped(template)
+    found = by_task(read_examples(path, name))
     if name is not None:
         found = {own: examples for own, examples in found.items() if own == name}
         if not found:
@@ -100,23 +100,12 @@ def _read_tasks(
     return [FitTask(own, tuple(examples), form, chosen) for own, examples in found.items()]
 
 
-def _read_examples(path: Path, name: str | None) -> list[Any]:
-    """As `read_examples`, but with --task a line need not name its task."""
-    from polyhead.adapters.training.data import parse_example, read_examples
-
-    if name is None or path.is_dir():
-        return read_examples(path)
-    examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as exc:
-                fail(f"{path}:{number}: not JSON: {exc.msg} at column {exc.colno}", 1)
-            if isinstance(record, dict):
-                record.setdefault("task", name)
-            examples.append(parse_example(record, f"{path}:{number}"))
-    return examples
+def _unescaped(template: str) -> str:
+    """A shell cannot write a new line as handily as JSON can."""
+    try:
+        return str(json.loads(f'"{template}"', strict=False))
+    except json.JSONDecodeError as exc:
+        fail(f"--template: not text with JSON's escapes: {exc.msg}; found {template!r}", 2)
 
 
 def _fit(

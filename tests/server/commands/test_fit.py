@@ -91,14 +91,26 @@ def test_a_line_need_not_name_the_task_that_the_command_names(
     assert f"{path}:1.task" in done.stderr
 
 
+def test_a_file_that_is_no_text_is_named(folders: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_bytes(b'{"input": "\xff", "output": "a"}')
+    where = ["--examples", str(path), "--out", str(tmp_path / "o")]
+    for named in ([], ["--task", "first"]):
+        done = runner.invoke(app, ["fit", *folders, *where, *named])
+        assert done.exit_code == 1
+        assert f"error: {path}: cannot be read" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
         ([], 2, "--out or --data-dir is needed"),
         (["--out", "x", "--method", "magic"], 2, "--method"),
-        (["--out", "x", "--steps", "0"], 2, "--steps"),
+        (["--out", "x", "--steps", "0"], 2, "--steps: out of range; expected at least 1; found 0"),
+        (["--out", "x", "--logits-rate", "0"], 2, "--logits-rate: out of range"),
         (["--out", "x", "--task", "other"], 1, "no examples of the task 'other'"),
         (["--out", "x", "--template", "no place"], 1, "template"),
+        (["--out", "x", "--template", 'say "{input}"'], 2, "--template: not text with JSON's"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
