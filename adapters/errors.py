@@ -15,11 +15,13 @@ class AdapterError(ValueError):
     """Base of everything `adapters` raises on purpose.
 
     `field` is the dotted path of the offending value, relative to what the caller handed over.
+    `message` is what is wrong without the other three, for whoever shows those apart.
     """
 
     def __init__(
         self, message: str, *, field: str = "", found: str = "", expected: str = ""
     ) -> None:
+        self.message = message
         self.field = field
         self.found = found
         self.expected = expected
@@ -30,7 +32,6 @@ class AdapterError(ValueError):
             parts.append(f"found {found}")
         text = "; ".join(parts)
         super().__init__(f"{field}: {text}" if field else text)
-        self.message = text
 
 
 class RoutingError(AdapterError):

@@ -90,7 +90,7 @@ def _read_tasks(
     try:
         chosen = FitOptions(**options)
     except ConfigError as exc:
-        fail(f"--{exc.field.replace('_', '-')}: {exc.message}", 2)
+        fail(f"--{exc.field.replace('_', '-')}{str(exc).removeprefix(exc.field)}", 2)
     form = DEFAULT_TEMPLATE if template is None else _unescaped(template)
     found = by_task(read_examples(path, name))
     if name is not None:

@@ -43,6 +43,7 @@ def test_every_wrong_example_is_named_by_its_index() -> None:
     ]
     assert "33 tokens" in found[2].found
     assert "examples[0]" in found[3].message
+    assert str(found[2]).count("expected") == 1
     assert str(found[0]) == (
         "examples[1].input: empty; expected a text that is not blank; found ' '"
     )
