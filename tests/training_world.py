@@ -12,7 +12,9 @@ from polyhead.adapters.inventory import ModuleShape
 from polyhead.adapters.routing import Layout
 from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.encode import Encoded, Encoder
-from polyhead.adapters.training.factors import RoutedSource, Routings, SharedSkills, Source
+from polyhead.adapters.training.factors import Source
+from polyhead.adapters.training.skills import Routings, SharedSkills
+from polyhead.adapters.training.sources import RoutedSource
 from polyhead.adapters.training.trainable import Trainable
 
 HEADS, SKILLS, RANK, SCALING = 4, 3, 2, 1.5

@@ -13,7 +13,6 @@ from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.errors import DataError
-from polyhead.adapters.training.factors import SharedSkills
 from polyhead.adapters.training.fewshot_check import check_examples, example_key, refuse_problems
 from polyhead.adapters.training.fewshot_joint import Hooks, JointFit, Prepared, learners_of
 from polyhead.adapters.training.fewshot_methods import start, trained_numbers
@@ -34,6 +33,7 @@ from polyhead.adapters.training.fewshot_types import (
     TrainedMethod,
 )
 from polyhead.adapters.training.holdout import choose_splits
+from polyhead.adapters.training.skills import SharedSkills
 from polyhead.adapters.training.trainable import Trainable
 
 __all__ = [

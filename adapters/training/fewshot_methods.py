@@ -9,16 +9,11 @@ from torch import Tensor, nn
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
-from polyhead.adapters.training.factors import (
-    OwnSkillsSource,
-    PrivateSource,
-    RoutedSource,
-    Routings,
-    SharedSkills,
-    Source,
-)
+from polyhead.adapters.training.factors import Source
 from polyhead.adapters.training.fewshot_adam import Owned
 from polyhead.adapters.training.fewshot_types import FitOptions, TrainedMethod
+from polyhead.adapters.training.skills import Routings, SharedSkills
+from polyhead.adapters.training.sources import OwnSkillsSource, PrivateSource, RoutedSource, export
 
 LOGITS_OVER_RATE = 100.0
 """How much faster logits learn than the skills beside them (the published configurations)."""
@@ -50,7 +45,7 @@ class Learners:
         for one in self.owned:
             one.restore(learner, state[one.name])
         if isinstance(self.source, PrivateSource | OwnSkillsSource):
-            return self.source.export(learner, self.inventory.header.scaling)
+            return export(self.source, learner, self.inventory.header.scaling)
         return Routing.checked(state["logits"].cpu(), self.inventory.layout)
 
 
@@ -95,7 +90,7 @@ def _private(
 ) -> PrivateSource:
     header = inventory.header
     if method == "lora":
-        return PrivateSource.fresh(header.modules, len(seeds), header.rank, seeds)
+        return PrivateSource.fresh(header.modules, header.rank, seeds)
     shape = (len(seeds), len(header.modules), header.heads, header.skills)
     device = next(skills.parameters()).device
     return PrivateSource.averaged(skills, torch.full(shape, 1 / header.skills, device=device))

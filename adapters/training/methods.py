@@ -17,7 +17,8 @@ from polyhead.adapters.inventory import (
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.errors import ConfigError
-from polyhead.adapters.training.factors import RoutedSource, Routings, SharedSkills
+from polyhead.adapters.training.skills import Routings, SharedSkills
+from polyhead.adapters.training.sources import RoutedSource
 
 UNROUTED = ("lora", "mu-zero-shot")
 """Methods whose tasks all use every skill alike, so that there are no logits to train."""

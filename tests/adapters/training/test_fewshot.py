@@ -17,7 +17,6 @@ from polyhead.adapters.routing import fold
 from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.encode import Encoder, pack
 from polyhead.adapters.training.errors import CheckpointError, DataError
-from polyhead.adapters.training.factors import PrivateSource, RoutedSource, Routings, SharedSkills
 from polyhead.adapters.training.fewshot import (
     FitInterrupted,
     FitProgress,
@@ -26,6 +25,8 @@ from polyhead.adapters.training.fewshot import (
     fit,
 )
 from polyhead.adapters.training.fewshot_types import TrainedMethod
+from polyhead.adapters.training.skills import Routings, SharedSkills
+from polyhead.adapters.training.sources import PrivateSource, RoutedSource
 from polyhead.adapters.training.trainable import Trainable
 
 TOLERANCE = 2e-4
@@ -53,7 +54,7 @@ def loss_of(
         source = RoutedSource(SharedSkills.of(inventory), routings)
     else:
         assert result.private is not None
-        source = PrivateSource(modules, [result.private.a], [result.private.b])
+        source = PrivateSource.of(modules, [result.private.a], [result.private.b])
         scaling = 1.0
     encoded = Encoder(byte_tokenizer(), wanted.template).encode(wanted.examples)
     trainable = Trainable(model, modules, source, scaling)

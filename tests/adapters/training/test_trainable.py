@@ -31,13 +31,9 @@ from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.encode import Encoded, pack
-from polyhead.adapters.training.factors import (
-    OwnSkillsSource,
-    PrivateSource,
-    RoutedSource,
-    Routings,
-)
 from polyhead.adapters.training.layers import TrainedLinear
+from polyhead.adapters.training.skills import Routings
+from polyhead.adapters.training.sources import OwnSkillsSource, PrivateSource, RoutedSource, export
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
 Pairs = dict[str, tuple[Tensor, Tensor]]
@@ -241,7 +237,7 @@ def own_skills(modules: list[ModuleShape]) -> OwnSkillsSource:
 
 
 def fresh(modules: list[ModuleShape]) -> PrivateSource:
-    source = PrivateSource.fresh(modules, 2, rank=3, seeds=[1, 2])
+    source = PrivateSource.fresh(modules, rank=3, seeds=[1, 2])
     strengthen(source)
     return source
 
@@ -255,7 +251,7 @@ def test_an_exported_adapter_is_served_as_it_was_trained(make) -> None:  # type:
     tokens, tasks = encoded(examples(tasks=2))
     wanted = trainable(model, source)(pack(tokens, tasks))
     bare = tiny_model()
-    adapters = [source.export(task, SCALING) for task in (0, 1)]
+    adapters = [export(source, task, SCALING) for task in (0, 1)]
     for one, task, loss in zip(tokens, tasks, wanted, strict=True):
         right, wrong = (
             merged_loss(bare, private_deltas(adapters[t]), one) for t in (task, 1 - task)
