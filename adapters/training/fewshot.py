@@ -14,9 +14,10 @@ from polyhead.adapters.routing import Routing
 from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.errors import DataError
 from polyhead.adapters.training.fewshot_check import check_examples, example_key, refuse_problems
-from polyhead.adapters.training.fewshot_joint import Hooks, JointFit, Prepared, learners_of
+from polyhead.adapters.training.fewshot_joint import Hooks, JointFit
 from polyhead.adapters.training.fewshot_methods import start, trained_numbers
 from polyhead.adapters.training.fewshot_prompted import fitting_shots, prompted_right
+from polyhead.adapters.training.fewshot_runs import Prepared, learners_of
 from polyhead.adapters.training.fewshot_state import (
     FitState,
     Outcome,

@@ -1,93 +1,26 @@
 """Many tasks learn together by one method: one batch a step, every row with its own parameters.
 
-A task with held-out examples has one learner for each split, and one that learns from all of its
-examples. They take the same steps side by side; the splits' scores tell at which step the last
-one is to be kept. Nothing that a task learns depends on the other tasks.
+Nothing that a task learns depends on the other tasks.
 """
 
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
 from polyhead.adapters.training.fewshot_adam import OwnersAdam
-from polyhead.adapters.training.fewshot_history import History
-from polyhead.adapters.training.fewshot_methods import Learners, Snapshot
-from polyhead.adapters.training.fewshot_types import FitOptions, FitProgress
-from polyhead.adapters.training.holdout import Split
+from polyhead.adapters.training.fewshot_methods import Parameters
+from polyhead.adapters.training.fewshot_runs import Learner, TaskRun
+from polyhead.adapters.training.fewshot_types import FitProgress
 from polyhead.adapters.training.trainable import Trainable
 
-SCORINGS = 6
-"""How often held-out examples are scored on the way."""
 LAST_RATE = 0.1
 """What part of the learning rate is left at the last step; it falls in a straight line."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A task that is ready to be fitted: its tokens and which of them are held out when."""
-
-    name: str
-    encoded: tuple[Encoded, ...]
-    splits: tuple[Split, ...]
-    options: FitOptions
-
-
-@dataclass(frozen=True, eq=False)
-class Learner:
-    """One set of parameters: what it learns from and what it is scored on."""
-
-    examples: tuple[Encoded, ...]
-    held_out: tuple[Encoded, ...]
-    options: FitOptions
-
-    def draw(self, step: int) -> list[Encoded]:
-        """The examples of a step (from 0): every example once before any comes again.
-
-        A function of seed and step alone, so that a resumed fit goes on as it would have.
-        """
-        count = len(self.examples)
-        size = min(self.options.batch_examples, count)
-        places = range(step * size, (step + 1) * size)
-        orders = {place // count: self._order(place // count) for place in places}
-        return [self.examples[orders[place // count][place % count]] for place in places]
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.options.seed}/{epoch}").shuffle(order)
-        return order
-
-
-@dataclass
-class TaskRun:
-    """One task's way through the fit. `keeper` is the learner whose parameters it will have.
-
-    A task that finished without a best state has diverged.
-    """
-
-    name: str
-    options: FitOptions
-    scored: list[int]
-    keeper: int
-    history: History = field(default_factory=History)
-    best: Snapshot | None = None
-    loss: float = float("nan")
-    seconds: float = 0.0
-    finished: bool = False
-    cancelled: bool = False
-
-    def is_due(self, step: int) -> bool:
-        """Whether held-out examples are to be scored after this many steps and were not yet."""
-        every = max(1, self.options.steps // SCORINGS)
-        now = step % every == 0 or step == self.options.steps
-        return bool(self.scored) and now and self.history.steps[-1:] != [step]
 
 
 @dataclass(frozen=True)
@@ -100,23 +33,6 @@ class Hooks:
     scored: Callable[[], None]  # after held-out scores: a good moment to save the state
 
 
-def learners_of(tasks: Sequence[Prepared]) -> tuple[list[Learner], list[TaskRun]]:
-    """Every split's learner and the one for all examples, task after task."""
-    learners: list[Learner] = []
-    runs: list[TaskRun] = []
-    for task in tasks:
-        first = len(learners)
-        for split in task.splits:
-            own, held = (
-                tuple(task.encoded[i] for i in part) for part in (split.train, split.held_out)
-            )
-            learners.append(Learner(own, held, task.options))
-        scored = list(range(first, len(learners)))
-        learners.append(Learner(task.encoded, (), task.options))
-        runs.append(TaskRun(task.name, task.options, scored, keeper=len(learners) - 1))
-    return learners, runs
-
-
 class JointFit:
     """Runs the steps. `state` and `resume` carry it over the end of a process."""
 
@@ -125,11 +41,12 @@ class JointFit:
         trainable: Trainable,
         learners: Sequence[Learner],
         runs: Sequence[TaskRun],
-        parameters: Learners,
+        parameters: Parameters,
         hooks: Hooks,
         micro_tokens: int,
     ) -> None:
-        """parameters: one slice for each learner. micro_tokens: the most tokens of one forward and
+        """trainable: over the parameters' source. parameters: one slice for each learner.
+        micro_tokens: the most tokens of one forward and
         backward pass, between which the hooks are asked to pause."""
         self.step = 0
         self.runs = list(runs)
@@ -139,7 +56,6 @@ class JointFit:
         self._hooks = hooks
         self._micro_tokens = micro_tokens
         self._adam = OwnersAdam(parameters.owned)
-        trainable.source = parameters.source
 
     def run(self) -> None:
         """Until every task is finished or cancelled."""
@@ -162,7 +78,7 @@ class JointFit:
             tensors[f"square/{one.name}"] = square
         for number, run in enumerate(self.runs):
             tensors |= {f"best/{number}/{name}": t for name, t in (run.best or {}).items()}
-        return tensors, {"step": self.step, "runs": [_facts(run) for run in self.runs]}
+        return tensors, {"step": self.step, "runs": [run.facts() for run in self.runs]}
 
     def resume(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Go on from a `state` of a fit that was built alike."""
@@ -172,12 +88,9 @@ class JointFit:
             self._adam.mean[i].copy_(tensors[f"mean/{one.name}"])
             self._adam.square[i].copy_(tensors[f"square/{one.name}"])
         for number, (run, found) in enumerate(zip(self.runs, facts["runs"], strict=True)):
-            run.history = History(**found["history"])
-            run.loss, run.seconds = found["loss"], found["seconds"]
-            run.finished, run.cancelled = found["finished"], found["cancelled"]
             head = f"best/{number}/"
             best = {key.removeprefix(head): t for key, t in tensors.items() if key.startswith(head)}
-            run.best = best or None
+            run.restore(found, best or None)
 
     def _live(self) -> list[TaskRun]:
         for run in self.runs:
@@ -242,7 +155,7 @@ class JointFit:
         losses: dict[int, list[float]] = {learner: [] for learner in work}
         for part in micro_batches(work, self._micro_tokens):
             self._hooks.pause()
-            exact, loss = score_batch(self._trainable, self._pack(part))
+            exact, loss = self._trainable.score(self._pack(part))
             for (learner, _), hit, value in zip(part, exact.tolist(), loss.tolist(), strict=True):
                 right[learner].append(hit)
                 losses[learner].append(value)
@@ -261,18 +174,6 @@ class JointFit:
         steps = self.step if run.finished else run.options.steps
         method = self._parameters.method
         return FitProgress(run.name, method, self.step, steps, run.loss, run.history.last)
-
-
-@torch.no_grad()
-def score_batch(trainable: Trainable, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Exact match `[E]` bool and loss `[E]` of each example, from one forward pass."""
-    logits = trainable.answer_logits(batch).float()
-    each = F.cross_entropy(logits, batch.gold, reduction="none")
-    wrong = (logits.argmax(-1) != batch.gold).float()
-    sums = each.new_zeros(2, batch.examples).index_add(
-        1, batch.example_of, torch.stack([wrong, each])
-    )
-    return sums[0] == 0, sums[1] / batch.answer_tokens
 
 
 def micro_batches(
@@ -300,13 +201,3 @@ def _charge(runs: Sequence[TaskRun], began: float) -> None:
     spent = time.monotonic() - began
     for run in runs:
         run.seconds += spent
-
-
-def _facts(run: TaskRun) -> dict[str, Any]:
-    return {
-        "history": vars(run.history),
-        "loss": run.loss,
-        "seconds": run.seconds,
-        "finished": run.finished,
-        "cancelled": run.cancelled,
-    }

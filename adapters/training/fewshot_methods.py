@@ -23,7 +23,7 @@ Snapshot = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Learners:
+class Parameters:
     """The parameters of T learners that share a batch."""
 
     method: TrainedMethod
@@ -51,7 +51,7 @@ class Learners:
 
 def start(
     method: TrainedMethod, inventory: Inventory, skills: SharedSkills, seeds: Sequence[int]
-) -> Learners:
+) -> Parameters:
     """Fresh learners, one for each seed. skills: the inventory's, frozen, shared between calls."""
     device = next(skills.parameters()).device
     source: RoutedSource | PrivateSource | OwnSkillsSource
@@ -64,7 +64,7 @@ def start(
     else:
         source = _private(method, inventory, skills, seeds).to(device)
         owned = _owned(source.a, source.b)
-    return Learners(method, inventory, source, tuple(owned))
+    return Parameters(method, inventory, source, tuple(owned))
 
 
 def trained_numbers(method: TrainedMethod, inventory: Inventory) -> int:

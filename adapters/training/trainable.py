@@ -67,17 +67,16 @@ class Trainable(nn.Module):
 
     def forward(self, batch: TrainingBatch) -> Tensor:
         """Each example's loss `[E]`: the mean cross-entropy of its answer's tokens."""
-        logits = self.answer_logits(batch)
-        each = F.cross_entropy(logits.float(), batch.gold, reduction="none")  # [P]
-        sums = each.new_zeros(batch.examples).index_add(0, batch.example_of, each)
-        return sums / batch.answer_tokens
+        return _losses(self.answer_logits(batch), batch)
 
     @torch.no_grad()
-    def exact(self, batch: TrainingBatch) -> Tensor:
-        """`[E]` bool: would greedy decoding give exactly the answer, end-of-text included?"""
-        wrong = (self.answer_logits(batch).argmax(-1) != batch.gold).long()  # [P]
+    def score(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """`[E]` bool, would greedy decoding give exactly the answer, end-of-text included; and the
+        losses `[E]` of the same forward pass."""
+        logits = self.answer_logits(batch)
+        wrong = (logits.argmax(-1) != batch.gold).long()  # [P]
         misses = wrong.new_zeros(batch.examples).index_add(0, batch.example_of, wrong)
-        return misses == 0
+        return misses == 0, _losses(logits, batch)
 
     def answer_logits(self, batch: TrainingBatch) -> Tensor:
         """`[P, vocabulary]`: the logits from which each answer token is predicted."""
@@ -127,6 +126,13 @@ class Trainable(nn.Module):
         if self._keep is None:
             return None
         return (args[0].index_select(1, self._keep), *args[1:])
+
+
+def _losses(logits: Tensor, batch: TrainingBatch) -> Tensor:
+    """logits `[P, vocabulary]` to `[E]`."""
+    each = F.cross_entropy(logits.float(), batch.gold, reduction="none")  # [P]
+    sums = each.new_zeros(batch.examples).index_add(0, batch.example_of, each)
+    return sums / batch.answer_tokens
 
 
 def _output_head(model: PreTrainedModel) -> nn.Module:

@@ -13,7 +13,8 @@ from polyhead.adapters.training.errors import ConfigError
 from polyhead.adapters.training.fewshot_adam import BETAS, CLIP, EPSILON, Owned, OwnersAdam
 from polyhead.adapters.training.fewshot_check import check_examples
 from polyhead.adapters.training.fewshot_history import History
-from polyhead.adapters.training.fewshot_joint import Learner, Prepared, learners_of, micro_batches
+from polyhead.adapters.training.fewshot_joint import micro_batches
+from polyhead.adapters.training.fewshot_runs import Learner, Prepared, learners_of
 from polyhead.adapters.training.fewshot_types import FitOptions
 from polyhead.adapters.training.holdout import k_folds
 

@@ -119,14 +119,15 @@ def test_exact_is_what_greedy_decoding_gives() -> None:
         logits = trained.answer_logits(pack(tokens, tasks))
     top = logits.argmax(-1)
     batch = pack(tokens, tasks)
-    assert not trained.exact(batch).any(), "random weights answer nothing by chance"
+    assert torch.equal(trained.score(batch)[1], trained(batch))
+    assert not trained.score(batch)[0].any(), "random weights answer nothing by chance"
     # Rewrite the answer of example 0, one token at a time, to what is predicted.
     ids = list(tokens[0].answer)
     for k in range(len(ids)):
         ids[k] = int(top[batch.example_of == 0][k])
         tokens[0] = Encoded(tokens[0].prompt, tuple(ids))
         top = trained.answer_logits(pack(tokens, tasks)).argmax(-1)
-    assert trained.exact(pack(tokens, tasks)).tolist() == [True] + [False] * (len(tokens) - 1)
+    assert trained.score(pack(tokens, tasks))[0].tolist() == [True] + [False] * (len(tokens) - 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
