@@ -51,6 +51,10 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
+    def whole_text(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self.fast.decode(list(ids), skip_special_tokens=False)
+
     def token_text(self, token: int) -> str:
         """One token as text, special ones included; a part of a character becomes U+FFFD."""
         return self.fast.decode([token], skip_special_tokens=False)

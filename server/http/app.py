@@ -29,6 +29,9 @@ from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
 from polyhead.server.http.job_schemas import FitBody
 from polyhead.server.http.limits import BodyLimit
+from polyhead.server.http.openai import router as openai
+from polyhead.server.http.openai.errors import error_body
+from polyhead.server.http.openai.schemas import ChatBody, CompletionBody
 from polyhead.server.http.request_ids import RequestIds
 from polyhead.server.http.schemas import EditBody, GenerateBody, ScoreBody, TaskBody
 from polyhead.server.http.service import Service
@@ -74,10 +77,10 @@ def create_app(
     )
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestIds)
-    problems.install(app, metrics)
-    for module in (generate, score, tasks, fitting, jobs, inventory, health):
+    problems.install(app, metrics, {openai.PREFIX: error_body})
+    for module in (generate, score, tasks, fitting, jobs, inventory, health, openai):
         app.include_router(module.router)
-    document(app, GenerateBody, ScoreBody, TaskBody, EditBody, FitBody)
+    document(app, GenerateBody, ScoreBody, TaskBody, EditBody, FitBody, CompletionBody, ChatBody)
     return app
 
 

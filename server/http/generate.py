@@ -112,7 +112,7 @@ class StreamEncoder:
         self._with_logprobs = request.params.logprobs is not None
         self._tokenizer = tokenizer
 
-    def __call__(self, output: Output, last: bool) -> dict[str, Any]:
+    def __call__(self, output: Output, last: bool) -> list[dict[str, Any]]:
         self._tally.add(output)
         data: dict[str, Any] = {"index": output.index, "text": output.text}
         if self._with_ids:
@@ -124,7 +124,7 @@ class StreamEncoder:
             data["finish_reason"] = output.finish_reason
         if last:
             data["usage"] = self._tally.usage().model_dump()
-        return data
+        return [data]
 
 
 def token_answer(found: TokenLogprob, tokenizer: Tokenizer) -> TokenAnswer:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
@@ -98,6 +98,10 @@ KINDS: Mapping[type[Exception], Kind] = {
 }
 
 
+Form = Callable[["Problem"], tuple[bytes, str]]
+"""Writes a problem as the bytes of a body and its content type."""
+
+
 class FieldProblem(BaseModel):
     """One wrong value of a body."""
 
@@ -130,16 +134,20 @@ def problem_of(exc: Exception) -> Problem:
     return _problem(kind, detail, list(_field_errors(exc)))
 
 
-def problem_response(exc: Exception) -> Response:
+def native(problem: Problem) -> tuple[bytes, str]:
+    """The form of RFC 9457."""
+    return problem_json(problem), "application/problem+json"
+
+
+def problem_response(exc: Exception, form: Form = native) -> Response:
     """`exc` as a response, with `Retry-After` where trying again can help."""
     problem = problem_of(exc)
     headers = dict(getattr(exc, "headers", None) or {})
     if problem.status in (429, 503):
         wait = getattr(exc, "retry_after", RETRY_AFTER)
         headers["Retry-After"] = str(max(1, math.ceil(wait)))
-    return Response(
-        problem_json(problem), problem.status, headers, media_type="application/problem+json"
-    )
+    body, media_type = form(problem)
+    return Response(body, problem.status, headers, media_type=media_type)
 
 
 def problem_json(problem: Problem) -> bytes:
@@ -147,11 +155,16 @@ def problem_json(problem: Problem) -> bytes:
     return to_json(problem.model_dump(exclude_none=True))
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Answer every exception of the trees, of the framework and the unforeseen with a problem."""
+def install(app: FastAPI, metrics: Metrics, forms: Mapping[str, Form]) -> None:
+    """Answer every exception of the trees, of the framework and the unforeseen with a problem.
+
+    forms: for the paths below each of these, where it is not the native one.
+    """
 
     async def answer(request: Request, exc: Exception) -> Response:
-        response = problem_response(exc)
+        path = request.url.path
+        form = next((own for below, own in forms.items() if path.startswith(f"{below}/")), native)
+        response = problem_response(exc, form)
         code = problem_of(exc).code
         metrics.refused.labels(code).inc()
         if response.status_code >= 500 and response.status_code != 503:

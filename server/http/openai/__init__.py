@@ -1,0 +1,1 @@
+"""The calls of OpenAI's API, with the task as the `model`."""
