@@ -21,6 +21,11 @@ class Settings(BaseSettings):
     )
     inventory: Path = Field(description="Folder with inventory.json and inventory.safetensors")
     data_dir: Path = Field(description="Folder for the task registry")
+    database_url: str | None = Field(
+        None,
+        description="PostgreSQL for the task registry, as postgresql://user:password@host/name, so "
+        "that several servers share it; None is SQLite in --data-dir",
+    )
     host: str = Field(
         "127.0.0.1", description="Address to listen on; only loopback without --allow-remote"
     )

@@ -15,6 +15,7 @@ from polyhead.server.engine.loading import load
 from polyhead.server.http.app import create_app
 from polyhead.server.http.service import Service
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.options import Options
 
 FLUSH_SECONDS = 5
 """How long finished answers may take to leave after the engine is done."""
@@ -103,7 +104,9 @@ def run(settings: Settings) -> int:
         return 2
     loaded = load(settings)
     inventory = loaded.inventory
-    registry = Registry(settings.data_dir, inventory.fingerprint, inventory.layout)
+    registry = Registry(
+        settings.data_dir, inventory.fingerprint, inventory.layout, Options.of(settings)
+    )
     try:
         registry.seed(inventory)
         server = Server(create_app(settings, loaded, registry), settings)

@@ -13,8 +13,11 @@ RegistryError             base; carries the task id where there is one
 ├── TaskBeingFitted       another job of the same task has not ended
 ├── JobEnded              the job has ended, so it cannot be changed any more
 ├── TooManyJobs           as many jobs are open as the server takes
+├── UnsupportedDatabase   the URL is not of a database that Polyhead can use
 ├── SchemaTooNew          a later version of Polyhead wrote the database
-└── RegistryUnavailable   the database is locked, full, unreadable: try again later
+├── NotStorable           a text that the database cannot hold
+└── RegistryUnavailable   the database is locked, unreadable, away: try again later
+    └── StorageFull       there is no room for what was to be stored
 """
 
 
@@ -132,5 +135,17 @@ class SchemaTooNew(RegistryError):
     """A later version of Polyhead wrote the database."""
 
 
+class UnsupportedDatabase(RegistryError):
+    """The URL is not of a database that Polyhead can use."""
+
+
+class NotStorable(RegistryError):
+    """A text that the database cannot hold: PostgreSQL knows no NUL character."""
+
+
 class RegistryUnavailable(RegistryError):
-    """The database is locked, full, unreadable or not there; what was asked for is not stored."""
+    """The database is locked, unreadable or not there; what was asked for is not stored."""
+
+
+class StorageFull(RegistryUnavailable):
+    """There is no room for what was to be stored; what was stored before is served on."""

@@ -16,6 +16,7 @@ from polyhead.server.tasks.cursors import decode_cursor, encode_cursor
 from polyhead.server.tasks.errors import InventoryMismatch, NotARouting, StaleGeneration
 from polyhead.server.tasks.generations import copied, first_generation, next_generation
 from polyhead.server.tasks.neighbours import neighbours
+from polyhead.server.tasks.options import DEFAULTS, Options
 from polyhead.server.tasks.sketch import Sketcher
 from polyhead.server.tasks.sql import Database
 from polyhead.server.tasks.store import Record
@@ -28,13 +29,13 @@ Also = Callable[[Connection, Task], None]
 
 
 class Registry:
-    """Tasks of one inventory, kept in `data_dir`; safe to call from any thread.
+    """Tasks of one inventory, kept in `data_dir` or in PostgreSQL; safe to call from any thread.
 
     A change is on disk when its call returns. Nothing about single tasks stays in memory.
 
-    lock_timeout: seconds a call waits for another writer. Every method raises
-    `RegistryUnavailable` where the database or its disk refuses; the constructor also raises
-    `InventoryMismatch` where the folder holds tasks of another inventory.
+    Every method raises `RegistryUnavailable` where the database or its disk refuses; the
+    constructor also raises `InventoryMismatch` where the database holds tasks of another inventory,
+    and `UnsupportedDatabase`.
     """
 
     def __init__(
@@ -42,17 +43,16 @@ class Registry:
         data_dir: Path,
         inventory_fingerprint: str,
         layout: Layout,
-        *,
-        lock_timeout: float = 5.0,
+        options: Options = DEFAULTS,
     ) -> None:
         self.layout = layout
         self._inventory = inventory_fingerprint
         self._sketcher = Sketcher(layout)
         self._listeners: list[Callable[[str], None]] = []
-        self.database = Database(data_dir, lock_timeout)
+        self.database = Database(data_dir, options.lock_timeout, options.database_url)
         try:
             with self.database.write() as connection:
-                _claim_for(connection, inventory_fingerprint, str(data_dir))
+                _claim_for(connection, inventory_fingerprint, self.database.place)
         except BaseException:
             self.close()
             raise

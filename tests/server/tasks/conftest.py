@@ -1,14 +1,21 @@
 """Factories for small registries and what is kept in them."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 import torch
+from postgres_server import PostgresServer
 
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Granularity, Layout, Routing, RoutingKind, fold
+from polyhead.server.tasks.models import metadata
+from polyhead.server.tasks.options import Options
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.sql import Database
 
 INVENTORY = "1" * 64
 
@@ -42,18 +49,42 @@ def private() -> PrivateAdapter:
     return PrivateAdapter(a, b)
 
 
+@pytest.fixture(scope="session")
+def shared_database(postgresql: PostgresServer) -> str:
+    """The URL of one database with the registry's tables: to empty it is faster than to make it."""
+    url = postgresql.new_database()
+    with tempfile.TemporaryDirectory() as folder:
+        Database(Path(folder), lock_timeout=5, url=url).close()
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """None for SQLite in the test's folder; every test of the registry holds on both."""
+    if request.param == "sqlite":
+        return None
+    url: str = request.getfixturevalue("shared_database")
+    tables = ", ".join(metadata.tables)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"TRUNCATE {tables} RESTART IDENTITY".encode())
+    return url
+
+
 @pytest.fixture
-def open_registry(tmp_path: Path, layout: Layout) -> Iterator[Callable[..., Registry]]:
-    """Opens the registry of this test's folder, as often as wanted."""
+def open_registry(
+    tmp_path: Path, layout: Layout, database_url: str | None
+) -> Iterator[Callable[..., Registry]]:
+    """Opens the registry of this test, as often as wanted; further options are `Options`'."""
     opened: list[Registry] = []
 
     def open_one(
         kind: type[Registry] = Registry,
         inventory: str = INVENTORY,
         layout: Layout = layout,
-        lock_timeout: float = 5.0,
+        **options: Any,
     ) -> Registry:
-        opened.append(kind(tmp_path / "data", inventory, layout, lock_timeout=lock_timeout))
+        chosen = Options(**{"database_url": database_url, **options})
+        opened.append(kind(tmp_path / "data", inventory, layout, chosen))
         return opened[-1]
 
     yield open_one

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from polyhead.adapters.routing import Layout, Routing
+from polyhead.server.tasks.dialects import FILE_NAME
 from polyhead.server.tasks.registry import Registry
-from polyhead.server.tasks.sql import FILE_NAME
 
 ROUNDS = int(os.environ.get("POLYHEAD_CRASH_ROUNDS", "8"))
 LAYOUT = Layout(tuple(f"m.{block}.q" for block in range(100)), heads=8, skills=8)

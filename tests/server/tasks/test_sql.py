@@ -15,13 +15,19 @@ from sqlalchemy import text
 
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Layout, Routing
+from polyhead.server.tasks.dialects import FILE_NAME
 from polyhead.server.tasks.errors import RegistryUnavailable, SchemaTooNew
 from polyhead.server.tasks.models import metadata
 from polyhead.server.tasks.registry import Registry
-from polyhead.server.tasks.sql import FILE_NAME, Database
+from polyhead.server.tasks.sql import Database
 
 Make = Callable[..., Routing]
 Open = Callable[..., Registry]
+
+
+@pytest.fixture
+def database_url() -> None:
+    """SQLite only: what is tested here is its file."""
 
 
 def connect(folder: Path) -> closing[sqlite3.Connection]:

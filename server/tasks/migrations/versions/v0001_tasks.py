@@ -3,12 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
+from polyhead.server.tasks.migrations.shapes import digest, moment, task_id
+
 revision = "0001"
 down_revision = None
-
-task_id = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
-digest = sa.String(64)
-moment = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:

@@ -3,11 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
+from polyhead.server.tasks.migrations.shapes import moment, task_id
+
 revision = "0002"
 down_revision = "0001"
-
-task_id = sa.String(128).with_variant(sa.String(128, collation="C"), "postgresql")
-moment = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
