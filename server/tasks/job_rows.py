@@ -10,6 +10,7 @@ from sqlalchemy import update as update_rows
 from polyhead.server.tasks.errors import UnknownJob
 from polyhead.server.tasks.job import OPEN, FitExample, Job, JobState, Order
 from polyhead.server.tasks.models import jobs, orders
+from polyhead.server.tasks.store import begins_with
 
 
 def add(connection: Connection, job: Job, order: Order) -> None:
@@ -54,9 +55,14 @@ def oldest(connection: Connection, state: JobState, limit: int | None = None) ->
 
 
 def page(
-    connection: Connection, before: str | None, limit: int, task: str | None, state: JobState | None
+    connection: Connection,
+    before: str | None,
+    limit: int,
+    task: str | None,
+    state: JobState | None,
+    prefix: str | None,
 ) -> list[Job]:
-    """The newest `limit` jobs that are older than `before`, of one task or in one state."""
+    """The newest `limit` jobs older than `before`, of one task, in one state, of a prefix."""
     wanted: list[ColumnElement[bool]] = []
     if before is not None:
         wanted.append(jobs.c.id < before)
@@ -64,6 +70,8 @@ def page(
         wanted.append(jobs.c.task == task)
     if state is not None:
         wanted.append(jobs.c.state == state)
+    if prefix is not None:
+        wanted += begins_with(jobs.c.task, prefix)
     statement = select(jobs).where(*wanted).order_by(jobs.c.id.desc()).limit(limit)
     return [_job(row) for row in connection.execute(statement)]
 

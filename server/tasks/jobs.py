@@ -79,14 +79,16 @@ class Jobs:
         cursor: str | None = None,
         task: str | None = None,
         state: JobState | None = None,
+        prefix: str | None = None,
     ) -> tuple[Sequence[Job], str | None]:
-        """Up to `limit` jobs, newest first, and the cursor of the next page.
+        """Up to `limit` jobs, newest first, and the cursor of the next page; with `prefix` only
+        jobs of tasks whose ids begin so.
 
         Raises `InvalidCursor`.
         """
         before = None if cursor is None else decode_cursor(cursor)
         with self._database.read() as connection:
-            found = job_rows.page(connection, before, limit + 1, task, state)
+            found = job_rows.page(connection, before, limit + 1, task, state, prefix)
         more = len(found) > limit
         return found[:limit], encode_cursor(found[limit - 1].id) if more else None
 

@@ -9,16 +9,22 @@ from polyhead.server.tasks.store import Record
 
 
 def neighbours(
-    connection: Connection, record: Record, layout: Layout, sketcher: Sketcher, limit: int
+    connection: Connection,
+    record: Record,
+    layout: Layout,
+    sketcher: Sketcher,
+    limit: int,
+    prefix: str | None = None,
 ) -> list[tuple[str, float]]:
     """Ids of the nearest other routings with their exact cosines, nearest first.
 
-    All routings are compared by their sketches, the best of them again by their weights.
+    All routings, or those of tasks whose ids begin with `prefix`, are compared by their sketches,
+    the best of them again by their weights.
     """
     own = _direction(connection, record.content, layout)
     if not own.any():
         return []
-    fingerprints, sketches = store.all_sketches(connection)
+    fingerprints, sketches = store.all_sketches(connection, prefix)
     near = closest(sketcher.sketch(own), sketches, count=32 + 2 * limit)
     cosines = {
         fingerprint: min(1.0, float(own @ _direction(connection, fingerprint, layout)))
@@ -26,7 +32,7 @@ def neighbours(
     }
     found = [
         (holder, cosines[content])
-        for holder, content in store.holders(connection, list(cosines))
+        for holder, content in store.holders(connection, list(cosines), prefix)
         if holder != record.task.id
     ]
     return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:limit]

@@ -256,8 +256,11 @@ class Registry:
                 store.mark_seeded(connection, task_id)
         return new
 
-    def similar(self, task_id: str, limit: int = 10) -> Sequence[tuple[str, float]]:
-        """Ids of the nearest other routings with their cosines, nearest first.
+    def similar(
+        self, task_id: str, limit: int = 10, prefix: str | None = None
+    ) -> Sequence[tuple[str, float]]:
+        """Ids of the nearest other routings with their cosines, nearest first; with `prefix` only
+        among tasks whose ids begin so.
 
         The cosine is of the weights minus the uniform average, exact for those returned; which
         ones are compared exactly is picked by their sketches. The average itself has no direction
@@ -267,7 +270,7 @@ class Registry:
             record = store.find(connection, task_id)
             if record.task.kind != "routing":
                 raise NotARouting(task_id)
-            return neighbours(connection, record, self.layout, self._sketcher, limit)
+            return neighbours(connection, record, self.layout, self._sketcher, limit, prefix)
 
     def _renew(
         self,

@@ -110,25 +110,40 @@ def page(
     if after is not None:
         wanted.append(tasks.c.id > after)
     if prefix is not None:
-        # No id holds a character as high as DEL, so this is the end of the prefix's range.
-        wanted += [tasks.c.id >= prefix, tasks.c.id < prefix + "\x7f"]
+        wanted += begins_with(tasks.c.id, prefix)
     statement = select(tasks).where(*wanted).order_by(tasks.c.id).limit(limit)
     return [_record(row).task for row in connection.execute(statement)]
+
+
+def begins_with(column: ColumnElement[str], prefix: str) -> list[ColumnElement[bool]]:
+    """That ids in `column` begin with `prefix`, as a range, which an index answers."""
+    # No id holds a character as high as DEL, so this is the end of the prefix's range.
+    return [column >= prefix, column < prefix + "\x7f"]
 
 
 def all_tasks(connection: Connection) -> list[Task]:
     return [_record(row).task for row in connection.execute(select(tasks).order_by(tasks.c.id))]
 
 
-def all_sketches(connection: Connection) -> tuple[list[str], list[bytes]]:
-    """Fingerprints of all routings and their sketches, in the same order."""
-    rows = connection.execute(select(sketches.c.fingerprint, sketches.c.sketch)).all()
+def all_sketches(
+    connection: Connection, prefix: str | None = None
+) -> tuple[list[str], list[bytes]]:
+    """Fingerprints of all routings, or of a prefix's, and their sketches, in the same order."""
+    statement = select(sketches.c.fingerprint, sketches.c.sketch)
+    if prefix is not None:
+        own = select(tasks.c.content).where(*begins_with(tasks.c.id, prefix))
+        statement = statement.where(sketches.c.fingerprint.in_(own))
+    rows = connection.execute(statement).all()
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def holders(connection: Connection, fingerprints: Sequence[str]) -> list[tuple[str, str]]:
-    """Id and content of every task that has one of these contents."""
+def holders(
+    connection: Connection, fingerprints: Sequence[str], prefix: str | None = None
+) -> list[tuple[str, str]]:
+    """Id and content of every task, or of a prefix's, that has one of these contents."""
     statement = select(tasks.c.id, tasks.c.content).where(tasks.c.content.in_(fingerprints))
+    if prefix is not None:
+        statement = statement.where(*begins_with(tasks.c.id, prefix))
     return [(row[0], row[1]) for row in connection.execute(statement)]
 
 
