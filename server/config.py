@@ -27,10 +27,21 @@ class Settings(BaseSettings):
         "that several servers share it; None is SQLite in --data-dir",
     )
     host: str = Field(
-        "127.0.0.1", description="Address to listen on; only loopback without --allow-remote"
+        "127.0.0.1",
+        description="Address to listen on; only loopback without --api-keys-file or --allow-remote",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
-    allow_remote: bool = Field(False, description="Serve on an address others can reach")
+    allow_remote: bool = Field(
+        False, description="Serve without keys on an address others can reach"
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="TOML or JSON file of the keys that may call; it is read again when it "
+        "changes. Without one nobody needs a key and only loopback is served",
+    )
+    cors_origin: list[str] = Field(
+        [], description="Web site, such as https://example.org, whose pages may call; * is any"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Numbers that the backbone computes in; auto is bfloat16 where the device "

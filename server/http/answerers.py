@@ -8,6 +8,7 @@ from typing import Any
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, RoutedTask
 from polyhead.adapters.routing import Routing, RoutingKind, mix
+from polyhead.server.http.callers import the_caller
 from polyhead.server.http.checks import check_most, from_base64, unknown_task
 from polyhead.server.http.errors import InvalidValue
 from polyhead.server.http.schemas import INPUT, Asking, RoutingBody, exactly_one
@@ -49,6 +50,8 @@ class Answerers:
         return Answerer("(routing)", key, RoutedTask(key, routing.weights(self.inventory.layout)))
 
     def _resolve(self, field: str, task_id: str) -> ResolvedTask:
+        if not the_caller().may_see(task_id):
+            raise unknown_task(field, task_id)
         try:
             return self.catalogue.resolve(task_id)
         except UnknownTask as exc:

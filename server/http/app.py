@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from polyhead.server.config import Settings
 from polyhead.server.engine.loading import Loaded
@@ -25,9 +26,12 @@ from polyhead.server.http import (
 )
 from polyhead.server.http.admission import Admission
 from polyhead.server.http.answerers import Answerers
+from polyhead.server.http.auth import Needs, Turns
 from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
+from polyhead.server.http.callers import Callers
 from polyhead.server.http.job_schemas import FitBody
+from polyhead.server.http.keys import KeyRing
 from polyhead.server.http.limits import BodyLimit
 from polyhead.server.http.openai import router as openai
 from polyhead.server.http.openai.errors import error_body
@@ -40,6 +44,9 @@ from polyhead.server.tasks.catalogue import Catalogue
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
 
+KEYS_SECONDS = 1.0
+"""Between two looks at the keys file: how long a revoked key is good at most."""
+
 
 def create_app(
     settings: Settings,
@@ -51,18 +58,21 @@ def create_app(
     The engine runs for as long as the app's lifespan; `app.state.service` holds the parts.
     """
     metrics = Metrics()
+    callers = Callers(KeyRing(settings.api_keys_file) if settings.api_keys_file else None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         bridge = Bridge(asyncio.get_running_loop(), metrics)
-        app.state.service = service = _service(settings, loaded, registry, bridge, metrics)
+        app.state.service = service = _service(settings, loaded, registry, bridge, metrics, callers)
         metrics.watch_load(service.load)
         metrics.watch_jobs(service.jobs.counts)
         service.engine.start()
         service.lane.start()
+        following = asyncio.create_task(_follow_keys(callers))
         try:
             yield
         finally:
+            following.cancel()
             await asyncio.to_thread(service.lane.stop)
             await asyncio.to_thread(service.engine.stop)
 
@@ -75,17 +85,56 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestIds)
+    _add_middleware(app, settings)
     problems.install(app, metrics, {openai.PREFIX: error_body})
-    for module in (generate, score, tasks, fitting, jobs, inventory, health, openai):
-        app.include_router(module.router)
+    _add_routes(app)
     document(app, GenerateBody, ScoreBody, TaskBody, EditBody, FitBody, CompletionBody, ChatBody)
     return app
 
 
+def _add_middleware(app: FastAPI, settings: Settings) -> None:
+    """From the inside out."""
+    app.add_middleware(Turns)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "If-Match"],
+            expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
+        )
+    app.add_middleware(RequestIds)
+
+
+def _add_routes(app: FastAPI) -> None:
+    """Every router with the scope that its routes need, except `health`, whose routes say so."""
+    app.include_router(health.router)
+    for router, needs in (
+        (generate.router, Needs("generate")),
+        (score.router, Needs("generate")),
+        (openai.router, Needs("generate")),
+        (tasks.router, Needs("tasks")),
+        (fitting.router, Needs("tasks")),
+        (jobs.router, Needs("tasks")),
+        (inventory.router, Needs("generate", "tasks")),
+    ):
+        app.include_router(router, dependencies=[Depends(needs)])
+
+
+async def _follow_keys(callers: Callers) -> None:
+    while True:
+        await asyncio.sleep(KEYS_SECONDS)
+        await asyncio.to_thread(callers.refresh)
+
+
 def _service(
-    settings: Settings, loaded: Loaded, registry: Registry, bridge: Bridge, metrics: Metrics
+    settings: Settings,
+    loaded: Loaded,
+    registry: Registry,
+    bridge: Bridge,
+    metrics: Metrics,
+    callers: Callers,
 ) -> Service:
     embeddings: Any = loaded.model.get_input_embeddings()
     catalogue = Catalogue(registry, loaded.inventory.layout, settings.task_cache_bytes)
@@ -116,6 +165,7 @@ def _service(
             _lane_options(settings, loaded),
         ),
         admission=admission,
+        callers=callers,
         metrics=metrics,
         pool=Pool(),
     )

@@ -9,6 +9,7 @@ from starlette.types import Receive
 
 from polyhead.server.engine.errors import EngineDead
 from polyhead.server.engine.request import Event, Failure, Output, Request
+from polyhead.server.http.callers import Caller, the_caller
 from polyhead.server.http.errors import ClientGone, GenerationFailed
 from polyhead.server.metrics import Metrics, Stopwatch
 
@@ -39,8 +40,11 @@ class Answer:
     It holds at most what `max_tokens` and `n` let the engine make, however slow its reader.
     """
 
-    def __init__(self, request: Request, engine: Answering, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, request: Request, engine: Answering, stopwatch: Stopwatch, caller: Caller
+    ) -> None:
         self.request = request
+        self._caller = caller
         self._engine = engine
         self._stopwatch = stopwatch
         self._open = len(request.continuations) or request.params.n
@@ -64,6 +68,8 @@ class Answer:
             self.fail(self._error_of(event))
             return
         self._stopwatch.saw(event)
+        if not self.request.continuations:  # those were charged with the prompt
+            self._caller.charge(len(event.token_ids))
         self._arrived.append(event)
         if event.finish_reason is not None:
             self._open -= 1
@@ -129,11 +135,16 @@ class Bridge:
 
     @contextlib.asynccontextmanager
     async def ask(self, engine: Answering, request: Request) -> AsyncIterator[Answer]:
-        """Submit `request`; leaving the block early aborts it. Raises what `submit` raises."""
-        answer = Answer(request, engine, Stopwatch(self._metrics, request))
+        """Submit `request`; leaving the block early aborts it. Raises what `submit` raises.
+
+        The running call's caller is charged for the tokens.
+        """
+        caller = the_caller()
+        answer = Answer(request, engine, Stopwatch(self._metrics, request), caller)
         self._answers[request.id] = answer
         try:
             engine.submit(request)
+            caller.charge(len(request.prompt) + sum(map(len, request.continuations)))
             try:
                 yield answer
             finally:

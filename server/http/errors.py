@@ -6,6 +6,15 @@ CallError               base; each kind is answered with one status
 ├── UnsupportedContent  a content type or encoding that this call does not read
 ├── InvalidValue        a value is wrong; carries the path of each one
 │   └── UnknownTaskNamed  the value is the id of a task that is not registered
+├── KeyMissing          no key was given where one is needed
+├── KeyInvalid          the key is not one of those in force
+├── MissingScope        the key is not for this call
+├── OutsidePrefix       a new task's id does not begin with the key's prefix
+├── ForeignHost         without keys: the call was addressed to another name than loopback's
+├── CrossOrigin         without keys: another web site's page sends the call
+├── TooManyRequests     the key's requests per minute are used up
+├── TokenRateExceeded   the key's tokens per minute are used up
+├── TooManyAtOnce       as many of the key's calls run as may
 ├── GenerationFailed    the step that the request was part of raised
 ├── DeadlinePassed      the deadline came before an answer that has no partial form
 └── ClientGone          the client left before its answer; nobody reads this one
@@ -63,6 +72,78 @@ class InvalidValue(CallError):
 
 class UnknownTaskNamed(InvalidValue):
     """A body names a task that is not registered."""
+
+
+class KeyMissing(CallError):
+    """No key was given where one is needed."""
+
+    def __init__(self) -> None:
+        super().__init__("this call needs a key: Authorization: Bearer KEY")
+        self.headers = {"WWW-Authenticate": "Bearer"}
+
+
+class KeyInvalid(CallError):
+    """The key is not one of those in force; the message never repeats it."""
+
+    def __init__(self) -> None:
+        super().__init__("the key is not one of those in force")
+        self.headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+
+
+class MissingScope(CallError):
+    """The key has none of `scopes`, one of which this call needs."""
+
+    def __init__(self, scopes: Sequence[str]) -> None:
+        super().__init__(f"the key lacks the scope {' or '.join(scopes)}")
+        wanted = " ".join(scopes)
+        self.headers = {"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{wanted}"'}
+
+
+class OutsidePrefix(CallError):
+    """A new task's id does not begin with the key's prefix."""
+
+    def __init__(self, task_id: str, prefix: str) -> None:
+        super().__init__(f"task id {shown(task_id)}: expected one that begins with {prefix!r}")
+
+
+class ForeignHost(CallError):
+    """The call was addressed to another name than loopback's, and there are no keys."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"the header Host is {shown(host)}: without keys only localhost is answered for"
+        )
+
+
+class CrossOrigin(CallError):
+    """A page of another web site sends the call, and there are no keys."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(f"pages of {shown(origin)} may not call this server; see --cors-origin")
+
+
+class TooManyRequests(CallError):
+    """The key's requests per minute are used up; `retry_after` seconds bring the next one."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("the key's requests per minute are used up")
+        self.retry_after = retry_after
+
+
+class TokenRateExceeded(CallError):
+    """The key's tokens per minute are used up; `retry_after` seconds bring the next ones."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("the key's tokens per minute are used up")
+        self.retry_after = retry_after
+
+
+class TooManyAtOnce(CallError):
+    """As many of the key's calls run as may."""
+
+    def __init__(self, most: int, retry_after: float) -> None:
+        super().__init__(f"{most} calls of the key are running, and no more are taken")
+        self.retry_after = retry_after
 
 
 class GenerationFailed(CallError):

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
+from polyhead.server.http.auth import Needs
 from polyhead.server.http.problems import problem_response
 from polyhead.server.http.service import Service, the_service
 
@@ -25,7 +26,7 @@ async def ready(service: Annotated[Service, Depends(the_service)]) -> Response:
     return JSONResponse({"status": "ready"}) if reason is None else problem_response(reason)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[Depends(Needs("admin"))])
 async def metrics(service: Annotated[Service, Depends(the_service)]) -> Response:
     """Prometheus' text format."""
     text = await service.pool.run(service.metrics.exposition)

@@ -9,10 +9,12 @@ from pydantic_core import to_json
 from starlette.responses import Response, StreamingResponse
 
 from polyhead.server.engine.errors import EngineDraining
+from polyhead.server.http.callers import the_caller
 from polyhead.server.http.job_schemas import JobAnswer, JobPage, PointAnswer, job_answer
 from polyhead.server.http.parameters import TheService
 from polyhead.server.http.service import Service
 from polyhead.server.http.stream import DONE, error_event, event
+from polyhead.server.tasks.errors import UnknownJob
 from polyhead.server.tasks.job import Job, JobState
 
 router = APIRouter(prefix="/jobs")
@@ -32,19 +34,22 @@ async def list_jobs(
     state: Annotated[JobState | None, Query()] = None,
 ) -> Response:
     """Jobs, newest first, a page at a time."""
-    found, after = await service.pool.run(service.jobs.list, limit, cursor, task, state)
+    found, after = await service.pool.run(
+        service.jobs.list, limit, cursor, task, state, the_caller().task_prefix
+    )
     return _json({"jobs": [_shown(service, job) for job in found], "next": after})
 
 
 @router.get("/{job_id}", response_model=JobAnswer)
 async def read(job_id: str, service: TheService) -> Response:
     """One job."""
-    return _json(_shown(service, await service.pool.run(service.jobs.get, job_id)))
+    return _json(_shown(service, await service.pool.run(_seen, service, job_id)))
 
 
 @router.post("/{job_id}/cancel", response_model=JobAnswer)
 async def cancel(job_id: str, service: TheService) -> Response:
     """End a job that is queued or running; its task stays as it is."""
+    await service.pool.run(_seen, service, job_id)
     job = await service.pool.run(service.jobs.cancel, job_id)
     service.lane.cancel(job_id)
     return _json(_shown(service, job))
@@ -54,9 +59,17 @@ async def cancel(job_id: str, service: TheService) -> Response:
 async def events(job_id: str, service: TheService) -> Response:
     """Server-sent events: `job` with the whole job at first and at every change of its state,
     `progress` in between, from the beginning of the run; `[DONE]` after the job has ended."""
-    job = await service.pool.run(service.jobs.get, job_id)
+    job = await service.pool.run(_seen, service, job_id)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_events(service, job), 200, headers, "text/event-stream")
+
+
+def _seen(service: Service, job_id: str) -> Job:
+    """Raises `UnknownJob` also for a job of a task that the caller may not see."""
+    job = service.jobs.get(job_id)
+    if not the_caller().may_see(job.task):
+        raise UnknownJob(job_id)
+    return job
 
 
 async def _events(service: Service, job: Job) -> AsyncIterator[bytes]:

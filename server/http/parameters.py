@@ -5,14 +5,17 @@ from typing import Annotated
 
 from fastapi import Depends, Header, Query
 
+from polyhead.server.http.callers import the_caller
 from polyhead.server.http.errors import InvalidValue, shown
 from polyhead.server.http.service import Service, the_service
 from polyhead.server.tasks.errors import UnknownTask
 from polyhead.server.tasks.task import ID_PATTERN
 
 
-def _known_form(task_id: str) -> str:
-    if not ID_PATTERN.fullmatch(task_id):
+async def _known_form(task_id: str) -> str:
+    """The id in the path, if the caller may see such a task. Nothing has been looked up then, so
+    neither the answer nor its time tells whether another's task is there."""
+    if not ID_PATTERN.fullmatch(task_id) or not the_caller().may_see(task_id):
         raise UnknownTask(task_id)
     return task_id
 

@@ -14,7 +14,8 @@ from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
 from polyhead.server.http.answerers import read_routing
 from polyhead.server.http.bodies import Pool, json_body, takes
-from polyhead.server.http.checks import check_sampling, from_base64
+from polyhead.server.http.callers import the_caller
+from polyhead.server.http.checks import check_sampling, from_base64, unknown_task
 from polyhead.server.http.errors import FieldError, InvalidValue, MalformedBody
 from polyhead.server.http.limits import JSON, MULTIPART, content_type
 from polyhead.server.http.schemas import TaskBody, TaskFields
@@ -74,8 +75,25 @@ class Registration:
 async def registration(request: Request) -> Registration:
     """A dependency that reads either form of the body.
 
-    Raises what `json_body` raises, and `MalformedBody` for a form that is not one.
+    Raises what `json_body` raises, `MalformedBody` for a form that is not one, and
+    `UnknownTaskNamed` or `OutsidePrefix` for ids that are not the caller's.
     """
+    found = await _read(request)
+    check_ids(found.body)
+    return found
+
+
+def check_ids(body: TaskBody) -> None:
+    """Raises `UnknownTaskNamed` where `body` copies a task that the caller may not see, and
+    `OutsidePrefix` where the new one would be such a task; neither depends on what is there."""
+    caller = the_caller()
+    if body.copy_of is not None and not caller.may_see(body.copy_of):
+        raise unknown_task("copy_of", body.copy_of)
+    if body.id is not None:
+        caller.check_owns(body.id)
+
+
+async def _read(request: Request) -> Registration:
     if content_type(request, JSON, MULTIPART) == JSON:
         return Registration(await json_body(TaskBody)(request))
     try:

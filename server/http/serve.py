@@ -1,7 +1,6 @@
 """From settings to a listening process, and from SIGTERM to its end."""
 
 import asyncio
-import ipaddress
 import socket
 import sys
 import time
@@ -13,9 +12,11 @@ from fastapi import FastAPI
 from polyhead.server.config import Settings
 from polyhead.server.engine.loading import load
 from polyhead.server.http.app import create_app
+from polyhead.server.http.auth import is_loopback
+from polyhead.server.http.keys import KeysFileError, read_keys
 from polyhead.server.http.service import Service
-from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.options import Options
+from polyhead.server.tasks.registry import Registry
 
 FLUSH_SECONDS = 5
 """How long finished answers may take to leave after the engine is done."""
@@ -95,12 +96,9 @@ def run(settings: Settings) -> int:
     Raises `AdapterError`, `EngineError`, `RegistryError` or `OSError` where something that
     `settings` names cannot be loaded.
     """
-    if not settings.allow_remote and not is_loopback(settings.host):
-        print(
-            f"error: --host {settings.host}: only a loopback address is served, because whoever "
-            "reaches the port may use and change every task; --allow-remote overrides this",
-            file=sys.stderr,
-        )
+    refusal = _refusal(settings)
+    if refusal is not None:
+        print(f"error: {refusal}", file=sys.stderr)
         return 2
     loaded = load(settings)
     inventory = loaded.inventory
@@ -116,11 +114,18 @@ def run(settings: Settings) -> int:
         registry.close()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached from this machine only. Names are not looked up."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _refusal(settings: Settings) -> str | None:
+    """Why these settings are not served, before anything is loaded; None where they are."""
+    if settings.api_keys_file is not None:
+        try:
+            read_keys(settings.api_keys_file)
+        except KeysFileError as exc:
+            return f"--api-keys-file {exc}"
+        return None
+    if settings.allow_remote or is_loopback(settings.host):
+        return None
+    return (
+        f"--host {settings.host}: only a loopback address is served, because whoever reaches the "
+        "port may use and change every task; give keys with --api-keys-file, or --allow-remote "
+        "where something else keeps strangers out"
+    )

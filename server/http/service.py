@@ -14,6 +14,7 @@ from polyhead.server.fitting.lane import Lane
 from polyhead.server.http.admission import Admission
 from polyhead.server.http.bodies import Pool
 from polyhead.server.http.bridge import ENGINE_STOPPED, Bridge
+from polyhead.server.http.callers import Callers
 from polyhead.server.metrics import Load, Metrics
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
@@ -33,6 +34,7 @@ class Service:
     board: Board
     lane: Lane
     admission: Admission
+    callers: Callers
     metrics: Metrics
     pool: Pool
 

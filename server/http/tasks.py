@@ -10,6 +10,7 @@ from starlette.responses import Response
 from polyhead.adapters.routing import Routing
 from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.http.bodies import json_body, takes
+from polyhead.server.http.callers import the_caller
 from polyhead.server.http.checks import unknown_task
 from polyhead.server.http.errors import InvalidValue, shown
 from polyhead.server.http.fitting import accepted, refuse_holdout, submit_new
@@ -84,7 +85,7 @@ async def list_tasks(
 ) -> Response:
     """Tasks in the order of their ids, a page at a time."""
     tasks, after = await service.pool.run(
-        service.registry.list, limit, cursor, metadata=metadata, prefix=prefix
+        service.registry.list, limit, cursor, metadata=metadata, prefix=the_caller().narrow(prefix)
     )
     page = TaskPage(tasks=[TaskAnswer(**asdict(task)) for task in tasks], next=after)
     return Response(page.model_dump_json(), media_type="application/json")
@@ -144,7 +145,8 @@ async def similar(
     task_id: TaskId, service: TheService, limit: Annotated[int, Query(ge=1, le=100)] = 10
 ) -> SimilarAnswer:
     """The tasks whose routings point the same way."""
-    found = await service.pool.run(service.registry.similar, task_id, limit)
+    prefix = the_caller().task_prefix
+    found = await service.pool.run(service.registry.similar, task_id, limit, prefix)
     return SimilarAnswer(similar=[Neighbour(id=name, cosine=cosine) for name, cosine in found])
 
 

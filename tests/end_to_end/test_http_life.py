@@ -20,7 +20,8 @@ from live_server import CONTEXT, LiveServer, serving, settings_for
 from safetensors.torch import save
 from torch import nn
 
-from polyhead.server.http.serve import is_loopback, run
+from polyhead.server.http.auth import is_loopback
+from polyhead.server.http.serve import run
 
 LONG = {"task": "amber", "prompt": "x", "max_tokens": CONTEXT - 1, "ignore_eos": True}
 
