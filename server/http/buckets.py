@@ -1,6 +1,5 @@
 """Token buckets: how much of something a caller may use in a minute."""
 
-import time
 from collections.abc import Callable
 
 
@@ -11,7 +10,7 @@ class Bucket:
     waiting before the next one.
     """
 
-    def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, per_minute: float, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._per_minute = per_minute
         self._level = per_minute

@@ -1,6 +1,7 @@
 """Whom a call comes from: what that caller may see, do and use."""
 
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 
 from polyhead.server.engine.request import BASE_TASK
@@ -27,11 +28,12 @@ class Caller:
     """One key's holder, the same object for all of its calls. Used on the event loop, but for
     `may_see`, which changes nothing and which any thread may call."""
 
-    def __init__(self, key: ApiKey | None) -> None:
+    def __init__(self, key: ApiKey | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._key = key
+        self._clock = clock
         self._running = 0
-        self._requests = _bucket(None, key.requests_per_minute if key else None)
-        self._tokens = _bucket(None, key.tokens_per_minute if key else None)
+        self._requests = self._bucket(None, key.requests_per_minute if key else None)
+        self._tokens = self._bucket(None, key.tokens_per_minute if key else None)
 
     @property
     def id(self) -> str | None:
@@ -47,8 +49,8 @@ class Caller:
         """The key's entry has changed; what was used stays used."""
         if key != self._key:
             self._key = key
-            self._requests = _bucket(self._requests, key.requests_per_minute)
-            self._tokens = _bucket(self._tokens, key.tokens_per_minute)
+            self._requests = self._bucket(self._requests, key.requests_per_minute)
+            self._tokens = self._bucket(self._tokens, key.tokens_per_minute)
 
     def may_see(self, task_id: str) -> bool:
         """Whether a task of this id, there or not, is for this caller."""
@@ -98,14 +100,13 @@ class Caller:
         if self._tokens is not None:
             self._tokens.take(tokens)
 
-
-def _bucket(old: Bucket | None, per_minute: float | None) -> Bucket | None:
-    if per_minute is None:
-        return None
-    if old is None:
-        return Bucket(per_minute)
-    old.set_rate(per_minute)
-    return old
+    def _bucket(self, old: Bucket | None, per_minute: float | None) -> Bucket | None:
+        if per_minute is None:
+            return None
+        if old is None:
+            return Bucket(per_minute, self._clock)
+        old.set_rate(per_minute)
+        return old
 
 
 class Callers:

@@ -86,14 +86,15 @@ def read_keys(path: Path) -> Sequence[ApiKey]:
     try:
         return KeysFile.model_validate(found).keys
     except ValidationError as exc:
-        raise KeysFileError(f"{path}: {_first_error(exc)}") from exc
+        raise KeysFileError(f"{path}: {first_error(exc)}") from exc
 
 
 def is_toml(path: Path) -> bool:
     return path.suffix.lower() == ".toml"
 
 
-def _first_error(exc: ValidationError) -> str:
+def first_error(exc: ValidationError) -> str:
+    """Where the first wrong value is and what is wrong, without the value, which may be secret."""
     error = exc.errors(include_input=False, include_url=False)[0]
     place = ".".join(str(part) for part in error["loc"])
     return f"{place}: {error['msg']}" if place else str(error["msg"])
