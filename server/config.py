@@ -26,6 +26,18 @@ class Settings(BaseSettings):
         description="PostgreSQL for the task registry, as postgresql://user:password@host/name, so "
         "that several servers share it; None is SQLite in --data-dir",
     )
+    blob_store: str | None = Field(
+        None,
+        description="S3-compatible store for private adapters, as s3://bucket/prefix; None is "
+        "--data-dir, or PostgreSQL where --database-url names one",
+    )
+    routing_precision: Literal["float32", "float16"] = Field(
+        "float32", description="Numbers that routings are stored as where a request says none"
+    )
+    kept_versions: int = Field(20, ge=0, description="Former versions kept of each task")
+    restore_seconds: float = Field(
+        7 * 86400.0, ge=0, description="How long a deleted task can be restored"
+    )
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on; only loopback without --api-keys-file or --allow-remote",

@@ -18,6 +18,7 @@ from polyhead.server.metrics import Metrics
 from polyhead.server.tasks.errors import RegistryUnavailable
 from polyhead.server.tasks.job import Job, Order
 from polyhead.server.tasks.jobs import Jobs
+from polyhead.server.tasks.leases import Leases
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,12 @@ class Lane:
         self._cancelled: set[str] = set()
         self._worker: Worker | None = None
         self._last_busy = 0.0
+        self._leases = Leases(jobs, self.cancel, self.wake)
         self._thread = threading.Thread(target=self._main, name="polyhead-fitting", daemon=True)
 
     def start(self) -> None:
         """Queue again what the last run left open, and go on with it."""
+        self._leases.start()
         self._state_files.keep(self._jobs.recover())
         self._thread.start()
 
@@ -127,6 +130,7 @@ class Lane:
                 logger.exception("the fitting lane stumbled")
                 self._nap(RETRY_SECONDS)
         self._let_go()
+        self._leases.stop()
         self._board.close()
 
     def _wait(self) -> None:

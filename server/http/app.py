@@ -15,9 +15,11 @@ from polyhead.server.fitting.board import Board
 from polyhead.server.fitting.lane import Lane, LaneOptions
 from polyhead.server.fitting.process import WorkerOptions
 from polyhead.server.http import (
+    audit,
     fitting,
     generate,
     health,
+    history,
     inventory,
     jobs,
     problems,
@@ -30,6 +32,7 @@ from polyhead.server.http.auth import Needs, Turns
 from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
 from polyhead.server.http.callers import Callers
+from polyhead.server.http.history import RollbackBody
 from polyhead.server.http.job_schemas import FitBody
 from polyhead.server.http.keys import KeyRing
 from polyhead.server.http.limits import BodyLimit
@@ -66,6 +69,7 @@ def create_app(
         app.state.service = service = _service(settings, loaded, registry, bridge, metrics, callers)
         metrics.watch_load(service.load)
         metrics.watch_jobs(service.jobs.counts)
+        registry.follow()
         service.engine.start()
         service.lane.start()
         following = asyncio.create_task(_follow_keys(callers))
@@ -88,7 +92,17 @@ def create_app(
     _add_middleware(app, settings)
     problems.install(app, metrics, {openai.PREFIX: error_body})
     _add_routes(app)
-    document(app, GenerateBody, ScoreBody, TaskBody, EditBody, FitBody, CompletionBody, ChatBody)
+    document(
+        app,
+        GenerateBody,
+        ScoreBody,
+        TaskBody,
+        EditBody,
+        RollbackBody,
+        FitBody,
+        CompletionBody,
+        ChatBody,
+    )
     return app
 
 
@@ -117,6 +131,8 @@ def _add_routes(app: FastAPI) -> None:
         (tasks.router, Needs("tasks")),
         (fitting.router, Needs("tasks")),
         (jobs.router, Needs("tasks")),
+        (history.router, Needs("tasks")),
+        (audit.router, Needs("admin")),
         (inventory.router, Needs("generate", "tasks")),
     ):
         app.include_router(router, dependencies=[Depends(needs)])

@@ -74,6 +74,9 @@ KINDS: Mapping[type[Exception], Kind] = {
     tasks.RegistryError: INTERNAL,
     tasks.UnknownTask: UNKNOWN,
     tasks.TaskExists: Kind(409, "task_exists", "The id is taken"),
+    tasks.UnknownGeneration: Kind(
+        404, "unknown_generation", "The task's history has no such generation"
+    ),
     tasks.StaleGeneration: Kind(412, "stale_generation", "The task has changed"),
     tasks.InvalidId: Kind(422, "invalid_id", "The id cannot be used"),
     tasks.ReservedId: Kind(422, "reserved_id", "The id is reserved"),
@@ -82,10 +85,12 @@ KINDS: Mapping[type[Exception], Kind] = {
     tasks.UnknownJob: Kind(404, "unknown_job", "No such job"),
     tasks.TaskBeingFitted: Kind(409, "task_being_fitted", "The task is being fitted"),
     tasks.JobEnded: Kind(409, "job_ended", "The job has ended"),
+    tasks.JobTakenOver: Kind(409, "job_taken_over", "Another server runs the job"),
     tasks.TooManyJobs: Kind(503, "too_many_jobs", "The line of jobs is full"),
     tasks.InventoryMismatch: INTERNAL,
     tasks.SchemaTooNew: INTERNAL,
     tasks.UnsupportedDatabase: INTERNAL,
+    tasks.UnsupportedStore: INTERNAL,
     tasks.NotStorable: INVALID,
     tasks.StorageFull: Kind(507, "storage_full", "There is no room left to store the change"),
     tasks.RegistryUnavailable: Kind(503, "registry_unavailable", "The registry cannot be reached"),

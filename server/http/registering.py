@@ -13,13 +13,13 @@ from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
 from polyhead.server.http.answerers import read_routing
-from polyhead.server.http.bodies import Pool, json_body, takes
+from polyhead.server.http.bodies import Pool, json_body, parsed, takes
 from polyhead.server.http.callers import the_caller
 from polyhead.server.http.checks import check_sampling, from_base64, unknown_task
 from polyhead.server.http.errors import FieldError, InvalidValue, MalformedBody
 from polyhead.server.http.limits import JSON, MULTIPART, content_type
 from polyhead.server.http.schemas import TaskBody, TaskFields
-from polyhead.server.tasks.contents import Content
+from polyhead.server.tasks.contents import Content, Precision
 
 TASK_PART = "task"
 FILE_PART = "routing"
@@ -46,6 +46,11 @@ class Registration:
         if self.body.private_adapter is not None:
             return read_private(self.body.private_adapter.safetensors, inventory)
         return None
+
+    @property
+    def precision(self) -> Precision | None:
+        """What the routing is to be stored as; None where the body does not say."""
+        return self.body.routing.precision if self.body.routing is not None else None
 
     def check_sources(self) -> None:
         """Raises `InvalidValue` unless exactly one source of numbers is given."""
@@ -105,7 +110,9 @@ async def _read(request: Request) -> Registration:
     finally:
         await form.close()
     pool: Pool = request.app.state.service.pool
-    return Registration(await pool.run(TaskBody.model_validate_json, task), data)
+    return Registration(
+        await pool.run(parsed, TaskBody, task.encode("utf-8", "surrogatepass")), data
+    )
 
 
 async def _parts(form: FormData) -> tuple[str, bytes]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query
@@ -71,8 +72,8 @@ async def create(registered: Registered, service: TheService, holdout: Holdout =
     if registered.body.examples is not None:
         return accepted(await service.pool.run(submit_new, service, registered, holdout))
     refuse_holdout(holdout)
-    task = await service.pool.run(_create, service, registered)
-    return _answer(task, 201, {"Location": f"/tasks/{task.id}"})
+    task = await service.pool.run(_create, service, registered, the_caller().id)
+    return task_response(task, 201, {"Location": f"/tasks/{task.id}"})
 
 
 @router.get("", response_model=TaskPage)
@@ -95,8 +96,8 @@ async def list_tasks(
 async def read(task_id: TaskId, service: TheService) -> Response:
     """One task; the `ETag` is its generation."""
     if task_id == BASE_TASK:
-        return _answer(BASE.task)
-    return _answer(await service.pool.run(service.registry.get, task_id))
+        return task_response(BASE.task)
+    return task_response(await service.pool.run(service.registry.get, task_id))
 
 
 @router.put("/{task_id}", response_model=TaskAnswer, openapi_extra=takes_registration())
@@ -104,7 +105,9 @@ async def replace(
     task_id: TaskId, registered: Registered, service: TheService, if_match: IfMatch
 ) -> Response:
     """Replace everything but the id; with `If-Match` only the generation named there."""
-    return _answer(await service.pool.run(_replace, service, task_id, registered, if_match))
+    by = the_caller().id
+    work = partial(_replace, service, task_id, registered, if_match, by)
+    return task_response(await service.pool.run(work))
 
 
 @router.patch("/{task_id}", response_model=TaskAnswer, openapi_extra=takes(EditBody))
@@ -116,14 +119,15 @@ async def edit(
 ) -> Response:
     """Replace template, defaults or metadata, each as a whole; null removes it."""
     fields = given_fields(body, service.settings)
-    edited = await service.pool.run(service.registry.edit, task_id, **fields, if_match=if_match)
-    return _answer(edited)
+    by = the_caller().id
+    work = partial(service.registry.edit, task_id, **fields, if_match=if_match, by=by)
+    return task_response(await service.pool.run(work))
 
 
 @router.delete("/{task_id}", status_code=204)
 async def remove(task_id: TaskId, service: TheService, if_match: IfMatch) -> Response:
-    """Remove a task; requests that run on it finish."""
-    await service.pool.run(service.registry.delete, task_id, if_match)
+    """Remove a task; requests that run on it finish. It can be restored for a while."""
+    await service.pool.run(service.registry.delete, task_id, if_match, the_caller().id)
     return Response(status_code=204)
 
 
@@ -150,20 +154,25 @@ async def similar(
     return SimilarAnswer(similar=[Neighbour(id=name, cosine=cosine) for name, cosine in found])
 
 
-def _create(service: Service, registered: Registration) -> Task:
+def _create(service: Service, registered: Registration, by: str | None) -> Task:
     body = registered.body
     if body.id is None:
         raise InvalidValue.of("id", "missing", found="nothing", expected="a task id")
-    fields = given_fields(body, service.settings)
+    fields = {**given_fields(body, service.settings), "by": by}
     content = registered.content(service.inventory)
     if content is not None:
-        return service.registry.create(body.id, content, **fields)
+        precision = registered.precision
+        return service.registry.create(body.id, content, **fields, precision=precision)
     source, new_id = str(body.copy_of), body.id
     return _from_source(source, lambda: service.registry.copy(source, new_id, **fields))
 
 
 def _replace(
-    service: Service, task_id: str, registered: Registration, if_match: str | None
+    service: Service,
+    task_id: str,
+    registered: Registration,
+    if_match: str | None,
+    by: str | None,
 ) -> Task:
     body = registered.body
     if body.id not in (None, task_id):
@@ -185,6 +194,7 @@ def _replace(
         copied = {"how": "copied", "from": name, "generation": source.generation}
         inherited = {"template": source.template, "defaults": source.defaults}
         fields = {**inherited, "metadata": source.metadata, "provenance": copied, **fields}
+    fields = {**fields, "precision": registered.precision, "by": by}
     return service.registry.replace(task_id, content, **fields, if_match=if_match)
 
 
@@ -195,7 +205,8 @@ def _from_source(source: str, work: Callable[[], T]) -> T:
         raise unknown_task("copy_of", source) from exc
 
 
-def _answer(task: Task, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def task_response(task: Task, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A task as the answer of a call, its generation as the tag."""
     tagged = {"ETag": f'"{task.generation}"', **(headers or {})}
     body: Any = TaskAnswer(**asdict(task)).model_dump_json()
     return Response(body, status, tagged, "application/json")

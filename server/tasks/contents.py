@@ -1,15 +1,17 @@
 """A task's numbers, as they are stored."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from polyhead.adapters.errors import PrivateAdapterError
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Granularity, Layout, Routing, RoutingKind
-from polyhead.adapters.tensor_files import parse_tensors
+from polyhead.adapters.tensor_files import dump_tensors, parse_tensors
 from polyhead.server.tasks.sketch import Sketcher, direction
 from polyhead.server.tasks.task import TaskKind
 
 Content = Routing | PrivateAdapter
+Precision = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,22 @@ class StoredContent:
     routing_kind: RoutingKind | None = None
 
 
-def pack(content: Content, layout: Layout, sketcher: Sketcher) -> StoredContent:
-    """Raises `RoutingError` or `PrivateAdapterError` where `content` does not fit the layout."""
+def pack(
+    content: Content, layout: Layout, sketcher: Sketcher, precision: Precision = "float32"
+) -> StoredContent:
+    """Raises `RoutingError` or `PrivateAdapterError` where `content` does not fit the layout.
+
+    With float16 a routing is rounded first: what comes back, is served and is hashed is exactly
+    what was stored.
+    """
     if isinstance(content, Routing):
-        routing = Routing.checked(content.values, layout, content.kind, content.granularity)
+        halved = content.values.half() if precision == "float16" else None
+        values = content.values if halved is None else halved
+        routing = Routing.checked(values, layout, content.kind, content.granularity)
+        numbers = routing.values if halved is None else halved
         return StoredContent(
             fingerprint=routing.fingerprint,
-            data=routing.to_safetensors(),
+            data=dump_tensors({routing.kind: numbers}, {"granularity": routing.granularity}),
             sketch=sketcher.sketch(direction(routing, layout)),
             kind="routing",
             granularity=routing.granularity,

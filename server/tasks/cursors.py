@@ -1,6 +1,7 @@
-"""Cursors: where a page of tasks ended, in a form that nobody is tempted to build."""
+"""Cursors: where a page ended, in a form that nobody is tempted to build."""
 
 import binascii
+import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 
 from polyhead.server.tasks.errors import InvalidCursor
@@ -21,3 +22,15 @@ def decode_cursor(cursor: str) -> str:
     if not ID_PATTERN.fullmatch(last_id):
         raise InvalidCursor(cursor)
     return last_id
+
+
+def encode_number(last: int) -> str:
+    return encode_cursor(f"{last:x}")
+
+
+def decode_number(cursor: str) -> int:
+    """The number of the last entry of the earlier page. Raises `InvalidCursor`."""
+    text = decode_cursor(cursor)
+    if not re.fullmatch("[0-9a-f]{1,15}", text):
+        raise InvalidCursor(cursor)
+    return int(text, 16)

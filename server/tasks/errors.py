@@ -3,6 +3,7 @@
 RegistryError             base; carries the task id where there is one
 ├── UnknownTask           no task has this id
 ├── TaskExists            the id is taken
+├── UnknownGeneration     the task was never at this generation, as far as is remembered
 ├── StaleGeneration       the task is no longer at the generation the caller names
 ├── InvalidId             an id that could not stand in a URL
 │   └── ReservedId        a valid id that Polyhead keeps for itself
@@ -12,8 +13,10 @@ RegistryError             base; carries the task id where there is one
 ├── UnknownJob            no job has this id
 ├── TaskBeingFitted       another job of the same task has not ended
 ├── JobEnded              the job has ended, so it cannot be changed any more
+│   └── JobTakenOver      another server runs the job now
 ├── TooManyJobs           as many jobs are open as the server takes
 ├── UnsupportedDatabase   the URL is not of a database that Polyhead can use
+├── UnsupportedStore      the URL is not of a blob store that Polyhead can use
 ├── SchemaTooNew          a later version of Polyhead wrote the database
 ├── NotStorable           a text that the database cannot hold
 └── RegistryUnavailable   the database is locked, unreadable, away: try again later
@@ -42,6 +45,15 @@ class TaskExists(RegistryError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"a task {task_id!r} is registered already", task_id=task_id)
+
+
+class UnknownGeneration(RegistryError):
+    """The task was never at this generation, or that is too long ago to be remembered."""
+
+    def __init__(self, task_id: str, generation: str) -> None:
+        super().__init__(
+            f"the history of task {task_id!r} has no generation {generation}", task_id=task_id
+        )
 
 
 class StaleGeneration(RegistryError):
@@ -123,6 +135,14 @@ class JobEnded(RegistryError):
         self.state = state
 
 
+class JobTakenOver(JobEnded):
+    """Another server runs the job now, because this one was not heard of for too long."""
+
+    def __init__(self, job_id: str) -> None:
+        RegistryError.__init__(self, f"job {job_id} is run by another server now")
+        self.state = "running"
+
+
 class TooManyJobs(RegistryError):
     """As many jobs are open as the server takes."""
 
@@ -137,6 +157,10 @@ class SchemaTooNew(RegistryError):
 
 class UnsupportedDatabase(RegistryError):
     """The URL is not of a database that Polyhead can use."""
+
+
+class UnsupportedStore(RegistryError):
+    """The URL is not of a blob store that Polyhead can use."""
 
 
 class NotStorable(RegistryError):

@@ -34,6 +34,7 @@ def first_generation(
     defaults: Mapping[str, Any] | None = None,
     metadata: Mapping[str, JsonScalar] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    by: str | None = None,
 ) -> Record:
     """A task made from `content`, created now; without a provenance it was uploaded."""
     now = datetime.now(UTC)
@@ -46,7 +47,7 @@ def first_generation(
         template=template,
         defaults=dict(defaults or {}),
         metadata=dict(metadata or {}),
-        provenance=dict(provenance or {"how": "uploaded"}),
+        provenance=_signed(provenance or {"how": "uploaded"}, by),
         created_at=now,
         updated_at=now,
     )
@@ -76,16 +77,17 @@ def next_generation(
     return Record(edited, old.content)
 
 
-def copied(source: Record, edited: Record, task_id: str) -> Record:
+def copied(source: Record, edited: Record, task_id: str, by: str | None = None) -> Record:
     """`edited`, which follows from `source`, as a task of its own."""
+    how = {"how": "copied", "from": source.task.id, "generation": source.task.generation}
     task = replace(
         edited.task,
         id=task_id,
-        provenance={
-            "how": "copied",
-            "from": source.task.id,
-            "generation": source.task.generation,
-        },
+        provenance=_signed(how, by),
         created_at=edited.task.updated_at,
     )
     return Record(task, edited.content)
+
+
+def _signed(provenance: Mapping[str, Any], by: str | None) -> dict[str, Any]:
+    return {**provenance, **({} if by is None else {"by": by})}

@@ -53,6 +53,8 @@ class Job:
     created_at: datetime  # UTC
     started_at: datetime | None  # of the newest start
     ended_at: datetime | None
+    owner: str | None = None  # the server that runs it
+    lease: datetime | None = None  # when that server is taken for dead, unless it says otherwise
 
     @property
     def is_open(self) -> bool:

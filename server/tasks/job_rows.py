@@ -2,14 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, insert, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    type_coerce,
+)
 from sqlalchemy import update as update_rows
 
 from polyhead.server.tasks.errors import UnknownJob
 from polyhead.server.tasks.job import OPEN, FitExample, Job, JobState, Order
-from polyhead.server.tasks.models import jobs, orders
+from polyhead.server.tasks.models import UtcDateTime, jobs, orders
 from polyhead.server.tasks.store import begins_with
 
 
@@ -52,6 +64,28 @@ def oldest(connection: Connection, state: JobState, limit: int | None = None) ->
     statement = select(jobs).where(jobs.c.state == state).order_by(jobs.c.id).limit(limit)
     rows = connection.execute(statement.with_for_update(skip_locked=True))
     return [_job(row) for row in rows]
+
+
+def now(connection: Connection) -> datetime:
+    """The database's clock: those of several servers may differ."""
+    return connection.execute(select(type_coerce(func.now(), UtcDateTime))).scalar_one()
+
+
+def running_of(connection: Connection, owner: str) -> set[str]:
+    """Ids of the jobs that a server runs."""
+    wanted = (jobs.c.state == "running", jobs.c.owner == owner)
+    return set(connection.scalars(select(jobs.c.id).where(*wanted)))
+
+
+def renew(connection: Connection, owner: str, lease: datetime) -> None:
+    wanted = (jobs.c.state == "running", jobs.c.owner == owner)
+    connection.execute(update_rows(jobs).where(*wanted).values(lease=lease))
+
+
+def any_expired(connection: Connection) -> bool:
+    """Whether a running job's server was not heard of for too long."""
+    late = (jobs.c.state == "running", jobs.c.lease < now(connection))
+    return bool(connection.scalar(select(exists().where(*late))))
 
 
 def page(

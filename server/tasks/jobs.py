@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
@@ -13,6 +14,7 @@ from polyhead.server.tasks.contents import Content
 from polyhead.server.tasks.cursors import decode_cursor, encode_cursor
 from polyhead.server.tasks.errors import (
     JobEnded,
+    JobTakenOver,
     StaleGeneration,
     TaskBeingFitted,
     TaskExists,
@@ -25,8 +27,13 @@ from polyhead.server.tasks.task import Task, check_id
 
 MAX_ATTEMPTS = 3
 """Starts that a job may have, over crashes of the server and of the worker."""
+QUEUED: Mapping[str, Any] = {"state": "queued", "owner": None, "lease": None}
 KEPT = 1000
 """Ended jobs that are remembered, with their examples."""
+
+
+LEASE_SECONDS = 15.0
+"""After which a server that was not heard of is taken for dead, and its jobs are run elsewhere."""
 
 
 class Jobs:
@@ -42,6 +49,16 @@ class Jobs:
         self._registry = registry
         self._database = registry.database
         self._max_open = max_open
+        self._owner = "alone"
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder of the server that runs them."""
+        return self._registry.data_dir
+
+    def run_as(self, owner: str) -> None:
+        """Take jobs in the name of this server; without it nobody else may be running any."""
+        self._owner = owner
 
     def submit_new(self, task_id: str, order: Order) -> Job:
         """A job that registers a task once it has succeeded.
@@ -110,21 +127,22 @@ class Jobs:
         """Keep how far running jobs have come, by id."""
         with self._database.write() as connection:
             for job_id, values in progress.items():
-                if job_rows.claim(connection, job_id).state == "running":
+                if self._runs(job_rows.claim(connection, job_id)):
                     job_rows.update(connection, job_id, {"progress": dict(values)})
 
     def succeed(self, job_id: str, content: Content, result: Mapping[str, Any]) -> Job:
         """Make the task's new generation and end the job, both or neither.
 
         Where the task is no longer what the job started from, or `content` does not fit, the job
-        fails instead and says why. Raises `JobEnded` for a job that was cancelled meanwhile.
+        fails instead and says why. Raises `JobEnded` for a job that was cancelled meanwhile, and
+        `JobTakenOver`.
         """
         job, order = self.get(job_id), self.order(job_id)
         kept: dict[str, Any] = dict(result)
 
         def end(connection: Connection, task: Task) -> None:
             kept["generation"] = task.generation
-            _end(connection, job_rows.claim(connection, job_id), "succeeded", result=kept)
+            _end(connection, self._own(connection, job_id), "succeeded", result=kept)
 
         provenance = {"how": "fitted", "job": job.id, "method": result.get("method")}
         fields: dict[str, Any] = {"template": order.template, "provenance": provenance}
@@ -139,9 +157,9 @@ class Jobs:
         return self.get(job_id)
 
     def fail(self, job_id: str, error: str) -> Job:
-        """End a job that is open. Raises `UnknownJob`, `JobEnded`."""
+        """End a job that is open. Raises `UnknownJob`, `JobEnded`, `JobTakenOver`."""
         with self._database.write() as connection:
-            return _end(connection, job_rows.claim(connection, job_id), "failed", error=error)
+            return _end(connection, self._own(connection, job_id), "failed", error=error)
 
     def cancel(self, job_id: str) -> Job:
         """End a job that is open; one that was cancelled before stays so.
@@ -156,9 +174,9 @@ class Jobs:
         """Queue running jobs again, to be resumed together; `attempted` counts the start."""
         with self._database.write() as connection:
             for job in (job_rows.claim(connection, job_id) for job_id in job_ids):
-                if job.state == "running":
+                if self._runs(job):
                     attempts = job.attempts if attempted else job.attempts - 1
-                    values = {"state": "queued", "attempts": attempts}
+                    values = {**QUEUED, "attempts": attempts}
                     job_rows.update(connection, job.id, values)
 
     def fail_running(self, job_ids: Sequence[str], error: str, starts: int = 1) -> None:
@@ -167,25 +185,64 @@ class Jobs:
         batch down fails alone."""
         with self._database.write() as connection:
             for job in (job_rows.claim(connection, job_id) for job_id in job_ids):
-                if job.state == "running" and job.attempts >= starts:
+                if self._runs(job) and job.attempts >= starts:
                     _end(connection, job, "failed", error=error)
-                elif job.state == "running":
-                    job_rows.update(connection, job.id, {"state": "queued", "batch": None})
+                elif self._runs(job):
+                    job_rows.update(connection, job.id, {**QUEUED, "batch": None})
 
     def recover(self) -> set[str]:
-        """Queue again what was running when the server ended; call before the first `take`.
+        """Queue again what this server was running when it ended, and what nobody runs any more;
+        call before the first `take`.
 
         A job that was interrupted `MAX_ATTEMPTS` times fails: it may be what ends the server.
         Returns the batches that will be resumed.
         """
         with self._database.write() as connection:
-            for job in job_rows.oldest(connection, "running"):
-                if job.attempts >= MAX_ATTEMPTS:
-                    error = f"the server ended {job.attempts} times while the job was running"
-                    _end(connection, job, "failed", error=error)
-                else:
-                    job_rows.update(connection, job.id, {"state": "queued"})
+            self._requeue(connection, own=True)
             return {job.batch for job in job_rows.oldest(connection, "queued") if job.batch}
+
+    def renew(self) -> set[str]:
+        """Say that this server lives. Returns the jobs that it runs."""
+        with self._database.read() as connection:
+            held = job_rows.running_of(connection, self._owner)
+        if held:
+            with self._database.write() as connection:
+                job_rows.renew(connection, self._owner, self._lease(connection))
+                held = job_rows.running_of(connection, self._owner)
+        return held
+
+    def recover_expired(self) -> None:
+        """Queue again the jobs of servers that were not heard of for `LEASE_SECONDS`."""
+        with self._database.read() as connection:
+            expired = job_rows.any_expired(connection)
+        if expired:
+            with self._database.write() as connection:
+                self._requeue(connection, own=False)
+
+    def _requeue(self, connection: Connection, own: bool) -> None:
+        now = job_rows.now(connection)
+        for job in job_rows.oldest(connection, "running"):
+            is_own = own and job.owner in (self._owner, None)
+            if not is_own and (job.lease is None or job.lease >= now):
+                continue
+            if job.attempts >= MAX_ATTEMPTS:
+                error = f"the server ended {job.attempts} times while the job was running"
+                _end(connection, job, "failed", error=error)
+            else:
+                job_rows.update(connection, job.id, QUEUED)
+
+    def _lease(self, connection: Connection) -> datetime:
+        return job_rows.now(connection) + timedelta(seconds=LEASE_SECONDS)
+
+    def _runs(self, job: Job) -> bool:
+        return job.state == "running" and job.owner == self._owner
+
+    def _own(self, connection: Connection, job_id: str) -> Job:
+        """A job to be ended by whoever runs it. Raises `UnknownJob`, `JobTakenOver`."""
+        job = job_rows.claim(connection, job_id)
+        if job.state == "running" and not self._runs(job):
+            raise JobTakenOver(job_id)
+        return job
 
     def _add(self, connection: Connection, task_id: str, base: str | None, order: Order) -> Job:
         other = job_rows.open_job_of(connection, task_id)
@@ -218,6 +275,8 @@ class Jobs:
             "batch": batch,
             "attempts": job.attempts + 1,
             "started_at": datetime.now(UTC),
+            "owner": self._owner,
+            "lease": self._lease(connection),
         }
         job_rows.update(connection, job.id, values)
         return replace(job, **values)

@@ -1,9 +1,11 @@
 """The registry's tables. The migrations build them; a test holds the two together."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     DateTime,
     Dialect,
@@ -28,6 +30,7 @@ metadata = MetaData(naming_convention=NAMING)
 # Prefixes and cursors compare ids byte by byte, which PostgreSQL does under this collation only.
 TaskId = String(128).with_variant(String(128, collation="C"), "postgresql")
 Digest = String(64)
+Sequence = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -47,7 +50,7 @@ contents = Table(
     "contents",
     metadata,
     Column("fingerprint", Digest, primary_key=True),
-    Column("data", LargeBinary, nullable=False),  # safetensors
+    Column("data", LargeBinary, nullable=False),  # safetensors; empty where a blob holds it
 )
 
 # Apart from the contents so that a scan over all tasks reads 0.5 kB of each and not 54.
@@ -58,21 +61,52 @@ sketches = Table(
     Column("sketch", LargeBinary, nullable=False),  # [SKETCH_WIDTH] float32, little-endian
 )
 
-tasks = Table(
-    "tasks",
+
+def _task_columns() -> list[Column[Any]]:
+    """What describes one version of a task, beside its id."""
+    return [
+        Column("generation", Digest, nullable=False),
+        Column("kind", String(16), nullable=False),
+        Column("granularity", String(16)),
+        Column("routing_kind", String(16)),
+        Column("template", Text),
+        Column("defaults", JSON, nullable=False),
+        Column("metadata", JSON, nullable=False),
+        Column("provenance", JSON, nullable=False),
+        Column("created_at", UtcDateTime, nullable=False),
+        Column("updated_at", UtcDateTime, nullable=False),
+        Column("content", Digest, ForeignKey("contents.fingerprint"), nullable=False, index=True),
+    ]
+
+
+tasks = Table("tasks", metadata, Column("id", TaskId, primary_key=True), *_task_columns())
+
+# What tasks were before: the older versions of those that are there, and the deleted ones.
+versions = Table(
+    "versions",
     metadata,
-    Column("id", TaskId, primary_key=True),
-    Column("generation", Digest, nullable=False),
-    Column("kind", String(16), nullable=False),
-    Column("granularity", String(16)),
-    Column("routing_kind", String(16)),
-    Column("template", Text),
-    Column("defaults", JSON, nullable=False),
-    Column("metadata", JSON, nullable=False),
-    Column("provenance", JSON, nullable=False),
-    Column("created_at", UtcDateTime, nullable=False),
-    Column("updated_at", UtcDateTime, nullable=False),
-    Column("content", Digest, ForeignKey("contents.fingerprint"), nullable=False, index=True),
+    Column("number", Sequence, primary_key=True),
+    Column("id", TaskId, nullable=False),  # no foreign key: the task may be gone
+    *_task_columns(),
+    Column("ended_at", UtcDateTime, nullable=False),
+    Column("ended", String(16), nullable=False),  # replaced or deleted
+    Index("ix_versions_id", "id", "number"),
+    sqlite_autoincrement=True,
+)
+
+# Every change, in the order of the commits: who may have done what, and what to forget elsewhere.
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", Sequence, primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("task", TaskId, nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("before", Digest),
+    Column("after", Digest),
+    Column("actor", String(128)),
+    Index("ix_audit_task", "task", "number"),
+    sqlite_autoincrement=True,
 )
 
 # One row per metadata entry: a filter is an index look-up, and the same SQL on every database.
@@ -99,6 +133,8 @@ jobs = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("started_at", UtcDateTime),
     Column("ended_at", UtcDateTime),
+    Column("owner", String(64)),
+    Column("lease", UtcDateTime),
     Index("ix_jobs_state", "state", "id"),
     Index("ix_jobs_task", "task", "id"),
 )

@@ -1,8 +1,9 @@
-"""The durable registry of tasks."""
+"""The durable registry of tasks: every change."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace as with_fields
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +11,37 @@ from sqlalchemy import Connection
 
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.routing import Layout
-from polyhead.server.tasks import store
-from polyhead.server.tasks.contents import Content, pack, unpack
-from polyhead.server.tasks.cursors import decode_cursor, encode_cursor
-from polyhead.server.tasks.errors import InventoryMismatch, NotARouting, StaleGeneration
+from polyhead.server.tasks import history, store
+from polyhead.server.tasks.audit import Action
+from polyhead.server.tasks.blobs import open_blobs
+from polyhead.server.tasks.change import Change
+from polyhead.server.tasks.contents import Content, Precision, StoredContent, pack
+from polyhead.server.tasks.errors import TaskExists
+from polyhead.server.tasks.following import Follower
 from polyhead.server.tasks.generations import copied, first_generation, next_generation
-from polyhead.server.tasks.neighbours import neighbours
+from polyhead.server.tasks.lookups import Lookups
 from polyhead.server.tasks.options import DEFAULTS, Options
-from polyhead.server.tasks.sketch import Sketcher
+from polyhead.server.tasks.owning import claim_for
+from polyhead.server.tasks.seeding import seed
 from polyhead.server.tasks.sql import Database
 from polyhead.server.tasks.store import Record
 from polyhead.server.tasks.task import UNCHANGED, JsonScalar, Task, Unchanged, check_id
 
-INVENTORY_KEY = "inventory"
+BLOBS = "blobs"
 
 Also = Callable[[Connection, Task], None]
 """Work done in a change's own transaction, with the new task: both are stored, or neither."""
 
 
-class Registry:
+class Registry(Lookups):
     """Tasks of one inventory, kept in `data_dir` or in PostgreSQL; safe to call from any thread.
 
-    A change is on disk when its call returns. Nothing about single tasks stays in memory.
+    A change is on disk when its call returns. Nothing about single tasks stays in memory. `by` is
+    whoever makes the change, for the log: the id of a key.
 
     Every method raises `RegistryUnavailable` where the database or its disk refuses; the
     constructor also raises `InventoryMismatch` where the database holds tasks of another inventory,
-    and `UnsupportedDatabase`.
+    `UnsupportedDatabase` and `UnsupportedStore`.
     """
 
     def __init__(
@@ -45,20 +51,34 @@ class Registry:
         layout: Layout,
         options: Options = DEFAULTS,
     ) -> None:
-        self.layout = layout
-        self._inventory = inventory_fingerprint
-        self._sketcher = Sketcher(layout)
-        self._listeners: list[Callable[[str], None]] = []
-        self.database = Database(data_dir, options.lock_timeout, options.database_url)
+        database = Database(data_dir, options.lock_timeout, options.database_url)
         try:
-            with self.database.write() as connection:
-                _claim_for(connection, inventory_fingerprint, self.database.place)
+            blobs = open_blobs(options.blob_store, data_dir / BLOBS, shared=database.is_shared)
+            super().__init__(database, layout, blobs)
+            self.data_dir = data_dir
+            self.inventory = inventory_fingerprint
+            self._options = options
+            self._listeners: list[Callable[[str], None]] = []
+            with database.write() as connection:
+                claim_for(connection, inventory_fingerprint, database.place)
+            self._follower = Follower(database, self._tell, self.purge, options.poll_seconds)
         except BaseException:
-            self.close()
+            database.close()
             raise
 
     def close(self) -> None:
+        self._follower.stop()
         self.database.close()
+
+    def follow(self) -> None:
+        """From now on tell the listeners of what other processes change, too, and forget what was
+        deleted long ago."""
+        self._follower.start()
+
+    @property
+    def convergence_lag(self) -> float:
+        """For how many seconds others' changes may have been missed; 0 without `follow`."""
+        return self._follower.lag
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
         """Call `listener` with a task's id after each change of it and before the change's own
@@ -74,74 +94,34 @@ class Registry:
         defaults: Mapping[str, Any] | None = None,
         metadata: Mapping[str, JsonScalar] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        precision: Precision | None = None,
+        by: str | None = None,
         also: Also | None = None,
     ) -> Task:
-        """Raises `InvalidId`, `ReservedId`, `TaskExists`, and an `AdapterError` for a content that
+        """precision: of a routing's stored numbers; None is the registry's.
+
+        Raises `InvalidId`, `ReservedId`, `TaskExists`, and an `AdapterError` for a content that
         does not fit the inventory."""
         check_id(task_id)
-        packed = pack(content, self.layout, self._sketcher)
+        packed = self.pack(content, precision)
         record = first_generation(
-            self._inventory,
+            self.inventory,
             task_id,
             packed,
             template=template,
             defaults=defaults,
             metadata=metadata,
             provenance=provenance,
+            by=by,
         )
-        with self._changing(task_id) as connection:
-            store.put_content(connection, packed)
-            store.add(connection, record)
+        with self.changing(task_id, by) as change:
+            store.put_content(change.connection, packed)
+            store.add(change.connection, record)
+            fitted = record.task.provenance["how"] == "fitted"
+            change.note("fitted" if fitted else "created", None, record.task)
             if also is not None:
-                also(connection, record.task)
+                also(change.connection, record.task)
         return record.task
-
-    def get(self, task_id: str) -> Task:
-        """Raises `UnknownTask`."""
-        with self.database.read() as connection:
-            return store.find(connection, task_id).task
-
-    def load(self, task_id: str) -> tuple[Task, Content]:
-        """A task and its content, of the same generation. Raises `UnknownTask`."""
-        with self.database.read() as connection:
-            record = store.find(connection, task_id)
-            data = store.content_data(connection, record.content)
-        return record.task, unpack(record.task.kind, data, self.layout)
-
-    def content(self, task_id: str, generation: str) -> Content:
-        """Raises `UnknownTask`, or `StaleGeneration`: only the newest generation is kept."""
-        task, content = self.load(task_id)
-        if task.generation != generation:
-            raise StaleGeneration(task_id, found=task.generation, expected=generation)
-        return content
-
-    def content_bytes(self, task_id: str) -> bytes:
-        """The newest generation's content as safetensors. Raises `UnknownTask`."""
-        with self.database.read() as connection:
-            return store.content_data(connection, store.find(connection, task_id).content)
-
-    def count(self) -> int:
-        with self.database.read() as connection:
-            return store.count(connection)
-
-    def list(
-        self,
-        limit: int = 100,
-        cursor: str | None = None,
-        metadata: Mapping[str, JsonScalar] | None = None,
-        prefix: str | None = None,
-    ) -> tuple[Sequence[Task], str | None]:
-        """Up to `limit` tasks in the order of their ids, and the cursor of the next page.
-
-        A task that is there all the while is on exactly one page, whatever is added or removed in
-        between. A filter's value matches as text: 5 and "5" are the same, so are true and "true".
-        Raises `InvalidCursor`.
-        """
-        after = None if cursor is None else decode_cursor(cursor)
-        with self.database.read() as connection:
-            found = store.page(connection, after, limit + 1, metadata or {}, prefix)
-        more = len(found) > limit
-        return found[:limit], encode_cursor(found[limit - 1].id) if more else None
 
     def replace(
         self,
@@ -152,7 +132,9 @@ class Registry:
         defaults: Mapping[str, Any] | None = None,
         metadata: Mapping[str, JsonScalar] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        precision: Precision | None = None,
         if_match: str | None = None,
+        by: str | None = None,
     ) -> Task:
         """Everything but the id and the day of creation becomes new.
 
@@ -165,7 +147,7 @@ class Registry:
             "metadata": metadata,
             "provenance": provenance,
         }
-        return self._renew(task_id, content, lambda _: fields, if_match)
+        return self._renew(task_id, self.pack(content, precision), lambda _: fields, if_match, by)
 
     def refit(
         self,
@@ -186,7 +168,7 @@ class Registry:
             kept = {"defaults": old.defaults, "metadata": old.metadata}
             return {"template": template, "provenance": provenance, **kept}
 
-        return self._renew(task_id, content, fields, if_match, also)
+        return self._renew(task_id, self.pack(content), fields, if_match, None, also)
 
     def edit(
         self,
@@ -196,14 +178,15 @@ class Registry:
         defaults: Mapping[str, Any] | Unchanged = UNCHANGED,
         metadata: Mapping[str, JsonScalar] | Unchanged = UNCHANGED,
         if_match: str | None = None,
+        by: str | None = None,
     ) -> Task:
         """Raises `UnknownTask`, `StaleGeneration`. Metadata alone leave the generation as it is."""
-        with self._changing(task_id) as connection:
-            old = store.claim(connection, task_id, if_match)
+        with self.changing(task_id, by) as change:
+            old = store.claim(change.connection, task_id, if_match)
             new = next_generation(
-                self._inventory, old, template=template, defaults=defaults, metadata=metadata
+                self.inventory, old, template=template, defaults=defaults, metadata=metadata
             )
-            store.update(connection, new)
+            change.supersede(old, new, "edited", self._options.kept_versions)
         return new.task
 
     def copy(
@@ -214,22 +197,72 @@ class Registry:
         template: str | Unchanged | None = UNCHANGED,
         defaults: Mapping[str, Any] | Unchanged = UNCHANGED,
         metadata: Mapping[str, JsonScalar] | Unchanged = UNCHANGED,
+        by: str | None = None,
     ) -> Task:
         """Raises `UnknownTask` for the source, `InvalidId`, `ReservedId`, `TaskExists`."""
         check_id(task_id)
-        with self._changing(task_id) as connection:
-            source = store.claim(connection, source_id, None)
+        with self.changing(task_id, by) as change:
+            source = store.claim(change.connection, source_id, None)
             edited = next_generation(
-                self._inventory, source, template=template, defaults=defaults, metadata=metadata
+                self.inventory, source, template=template, defaults=defaults, metadata=metadata
             )
-            record = copied(source, edited, task_id)
-            store.add(connection, record)
+            record = copied(source, edited, task_id, by)
+            store.add(change.connection, record)
+            change.note("copied", None, record.task)
         return record.task
 
-    def delete(self, task_id: str, if_match: str | None = None) -> None:
-        """Raises `UnknownTask`, `StaleGeneration`."""
-        with self._changing(task_id) as connection:
-            store.remove(connection, store.claim(connection, task_id, if_match))
+    def delete(self, task_id: str, if_match: str | None = None, by: str | None = None) -> None:
+        """The task is gone, but can be restored for a while.
+
+        Raises `UnknownTask`, `StaleGeneration`."""
+        with self.changing(task_id, by) as change:
+            old = store.claim(change.connection, task_id, if_match)
+            store.remove(change.connection, old)
+            history.keep(change.connection, old, "deleted", self._options.kept_versions)
+            change.note("deleted", old.task, None)
+            if self._options.restore_seconds == 0:
+                history.drop_task(change.connection, task_id)
+
+    def restore(self, task_id: str, by: str | None = None) -> Task:
+        """Bring back what was deleted last under this id.
+
+        Raises `UnknownTask` where nothing was, or too long ago, and `TaskExists`.
+        """
+        with self.changing(task_id, by) as change:
+            if store.exists_task(change.connection, task_id):
+                raise TaskExists(task_id)
+            record = history.take_deleted(change.connection, task_id, self._restorable_since())
+            store.add(change.connection, record)
+            change.note("restored", None, record.task)
+        return record.task
+
+    def roll_back(
+        self, task_id: str, generation: str, if_match: str | None = None, by: str | None = None
+    ) -> Task:
+        """Make the task what it was at `generation`, metadata and provenance included; what it is
+        now becomes a part of its history.
+
+        Raises `UnknownTask`, `UnknownGeneration`, `StaleGeneration`.
+        """
+        with self.changing(task_id, by) as change:
+            old = store.claim(change.connection, task_id, if_match)
+            if old.task.generation == generation:
+                return old.task
+            former = history.find(change.connection, task_id, generation)
+            now = datetime.now(UTC)
+            task = with_fields(former.task, created_at=old.task.created_at, updated_at=now)
+            new = Record(task, former.content)
+            change.supersede(old, new, "rolled_back", self._options.kept_versions)
+        return task
+
+    def purge(self) -> Sequence[str]:
+        """Forget what was deleted too long ago to be restored; returns the ids."""
+        with self.database.write() as connection:
+            gone = history.drop_deleted(connection, self._restorable_since())
+            for task_id in gone:
+                Change(connection, task_id, None).note("purged", None, None)
+            self.blobs.sweep(store.private_contents(connection))
+        return gone
 
     def seed(self, inventory: Inventory) -> Sequence[str]:
         """Register, all or none, the inventory's own tasks whose ids are free and that were never
@@ -237,86 +270,55 @@ class Registry:
 
         Returns the new ids. Raises `InvalidId`, `ReservedId`, `RoutingError`.
         """
-        for task_id in inventory.tasks:
-            check_id(task_id)
-        provenance = {"how": "inventory", "from": inventory.fingerprint}
         with self.database.write() as connection:
-            new = store.unseeded(connection, sorted(inventory.tasks))
-            for task_id in new:
-                packed = pack(inventory.tasks[task_id], self.layout, self._sketcher)
-                record = first_generation(
-                    self._inventory,
-                    task_id,
-                    packed,
-                    template=inventory.templates.get(task_id),
-                    provenance=provenance,
-                )
-                store.put_content(connection, packed)
-                store.add(connection, record)
-                store.mark_seeded(connection, task_id)
-        return new
+            return seed(connection, inventory, self.inventory, self.pack)
 
-    def similar(
-        self, task_id: str, limit: int = 10, prefix: str | None = None
-    ) -> Sequence[tuple[str, float]]:
-        """Ids of the nearest other routings with their cosines, nearest first; with `prefix` only
-        among tasks whose ids begin so.
+    def pack(self, content: Content, precision: Precision | None = None) -> StoredContent:
+        """`content` as it is to be stored; a private adapter lies in the blob store already.
 
-        The cosine is of the weights minus the uniform average, exact for those returned; which
-        ones are compared exactly is picked by their sketches. The average itself has no direction
-        and so no neighbours. Raises `UnknownTask`, `NotARouting`.
+        Raises `RoutingError`, `PrivateAdapterError`.
         """
-        with self.database.read() as connection:
-            record = store.find(connection, task_id)
-            if record.task.kind != "routing":
-                raise NotARouting(task_id)
-            return neighbours(connection, record, self.layout, self._sketcher, limit, prefix)
+        packed = pack(content, self.layout, self._sketcher, precision or self._options.precision)
+        if packed.kind == "private" and self.blobs.put(packed.fingerprint, packed.data):
+            return with_fields(packed, data=b"")
+        return packed
 
     def _renew(
         self,
         task_id: str,
-        content: Content,
+        packed: StoredContent,
         fields: Callable[[Task], Mapping[str, Any]],
         if_match: str | None,
+        by: str | None,
         also: Also | None = None,
     ) -> Task:
         """A new content under an id that is taken; `fields` tells the rest from the old task."""
-        packed = pack(content, self.layout, self._sketcher)
-        with self._changing(task_id) as connection:
-            old = store.claim(connection, task_id, if_match)
-            new = first_generation(self._inventory, task_id, packed, **fields(old.task))
+        with self.changing(task_id, by) as change:
+            old = store.claim(change.connection, task_id, if_match)
+            new = first_generation(self.inventory, task_id, packed, by=by, **fields(old.task))
             task = with_fields(new.task, created_at=old.task.created_at)
-            store.put_content(connection, packed)
-            store.update(connection, Record(task, new.content))
-            store.drop_unused(connection, old.content)
+            store.put_content(change.connection, packed)
+            action: Action = "fitted" if task.provenance["how"] == "fitted" else "replaced"
+            record = Record(task, new.content)
+            change.supersede(old, record, action, self._options.kept_versions)
             if also is not None:
-                also(connection, task)
+                also(change.connection, task)
         return task
 
     @contextmanager
-    def _changing(self, task_id: str) -> Iterator[Connection]:
+    def changing(self, task_id: str, by: str | None) -> Iterator[Change]:
+        """A transaction that changes one task, and who hears of it."""
+        numbers: list[int] = []
         try:
             with self.database.write() as connection:
-                yield connection
+                yield Change(connection, task_id, by, numbers)
+            self._follower.skip(numbers)
         finally:
-            for listener in self._listeners:
-                listener(task_id)
+            self._tell(task_id)
 
+    def _tell(self, task_id: str) -> None:
+        for listener in self._listeners:
+            listener(task_id)
 
-def _claim_for(connection: Connection, inventory: str, place: str) -> None:
-    """Tie the registry to `inventory`. Tasks made for another one would answer nonsense, so they
-    are refused, except those that came with that inventory and that nobody touched: the new one
-    brings its own."""
-    found = store.read_info(connection, INVENTORY_KEY)
-    if found == inventory:
-        return
-    if found is not None:
-        kept = [task for task in store.all_tasks(connection) if not _is_untouched_seed(task)]
-        if kept:
-            raise InventoryMismatch(place, tasks=len(kept), found=found, expected=inventory)
-        store.clear(connection)
-    store.write_info(connection, INVENTORY_KEY, inventory)
-
-
-def _is_untouched_seed(task: Task) -> bool:
-    return task.provenance.get("how") == "inventory" and task.updated_at == task.created_at
+    def _restorable_since(self) -> datetime:
+        return datetime.now(UTC) - timedelta(seconds=self._options.restore_seconds)

@@ -48,6 +48,11 @@ class Database:
         return self._engine.url.render_as_string(hide_password=True)
 
     @property
+    def address(self) -> str:
+        """The URL with which libpq reaches a shared database."""
+        return self._engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    @property
     def is_shared(self) -> bool:
         """Whether servers on other machines may use it as well."""
         return self._engine.dialect.name == "postgresql"

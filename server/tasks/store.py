@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, exists, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, delete, exists, func, insert, select
 from sqlalchemy import update as update_rows
 from sqlalchemy.exc import IntegrityError
 
 from polyhead.server.tasks.contents import StoredContent
 from polyhead.server.tasks.errors import StaleGeneration, TaskExists, UnknownTask
-from polyhead.server.tasks.models import contents, info, labels, seeds, sketches, tasks
+from polyhead.server.tasks.models import contents, info, labels, seeds, sketches, tasks, versions
 from polyhead.server.tasks.task import JsonScalar, Task
 
 
@@ -48,7 +48,7 @@ def exists_task(connection: Connection, task_id: str) -> bool:
 def add(connection: Connection, record: Record) -> None:
     """Its content must be there. Raises `TaskExists`; the transaction is void then."""
     try:
-        connection.execute(insert(tasks), _row(record))
+        connection.execute(insert(tasks), row_of(record))
     except IntegrityError as exc:
         raise TaskExists(record.task.id) from exc
     _put_labels(connection, record.task)
@@ -57,14 +57,14 @@ def add(connection: Connection, record: Record) -> None:
 def update(connection: Connection, record: Record) -> None:
     """Write a row that was claimed."""
     task = record.task
-    connection.execute(update_rows(tasks).where(tasks.c.id == task.id), _row(record))
+    connection.execute(update_rows(tasks).where(tasks.c.id == task.id), row_of(record))
     connection.execute(delete(labels).where(labels.c.task_id == task.id))
     _put_labels(connection, task)
 
 
 def remove(connection: Connection, record: Record) -> None:
+    """Its content stays, until `drop_unused`."""
     connection.execute(delete(tasks).where(tasks.c.id == record.task.id))
-    drop_unused(connection, record.content)
 
 
 def put_content(connection: Connection, content: StoredContent) -> None:
@@ -78,9 +78,10 @@ def put_content(connection: Connection, content: StoredContent) -> None:
 
 
 def drop_unused(connection: Connection, fingerprint: str) -> None:
-    """Delete a content that no task has any more."""
-    if connection.scalar(select(exists().where(tasks.c.content == fingerprint))):
-        return
+    """Delete a content that no task has any more, nor ever had as far as it is remembered."""
+    for table in (tasks, versions):
+        if connection.scalar(select(exists().where(table.c.content == fingerprint))):
+            return
     connection.execute(delete(sketches).where(sketches.c.fingerprint == fingerprint))
     connection.execute(delete(contents).where(contents.c.fingerprint == fingerprint))
 
@@ -89,6 +90,14 @@ def content_data(connection: Connection, fingerprint: str) -> bytes:
     statement = select(contents.c.data).where(contents.c.fingerprint == fingerprint)
     data: bytes = connection.execute(statement).scalar_one()
     return data
+
+
+def private_contents(connection: Connection) -> set[str]:
+    """Fingerprints of the private adapters of all tasks, and of what they were."""
+    found: set[str] = set()
+    for table in (tasks, versions):
+        found.update(connection.scalars(select(table.c.content).where(table.c.kind == "private")))
+    return found
 
 
 def count(connection: Connection) -> int:
@@ -112,7 +121,7 @@ def page(
     if prefix is not None:
         wanted += begins_with(tasks.c.id, prefix)
     statement = select(tasks).where(*wanted).order_by(tasks.c.id).limit(limit)
-    return [_record(row).task for row in connection.execute(statement)]
+    return [record_of(dict(row._mapping)).task for row in connection.execute(statement)]
 
 
 def begins_with(column: ColumnElement[str], prefix: str) -> list[ColumnElement[bool]]:
@@ -122,17 +131,21 @@ def begins_with(column: ColumnElement[str], prefix: str) -> list[ColumnElement[b
 
 
 def all_tasks(connection: Connection) -> list[Task]:
-    return [_record(row).task for row in connection.execute(select(tasks).order_by(tasks.c.id))]
+    return [
+        record_of(dict(row._mapping)).task
+        for row in connection.execute(select(tasks).order_by(tasks.c.id))
+    ]
 
 
 def all_sketches(
     connection: Connection, prefix: str | None = None
 ) -> tuple[list[str], list[bytes]]:
     """Fingerprints of all routings, or of a prefix's, and their sketches, in the same order."""
-    statement = select(sketches.c.fingerprint, sketches.c.sketch)
+    holding = select(tasks.c.content)  # not what tasks only were
     if prefix is not None:
-        own = select(tasks.c.content).where(*begins_with(tasks.c.id, prefix))
-        statement = statement.where(sketches.c.fingerprint.in_(own))
+        holding = holding.where(*begins_with(tasks.c.id, prefix))
+    statement = select(sketches.c.fingerprint, sketches.c.sketch)
+    statement = statement.where(sketches.c.fingerprint.in_(holding))
     rows = connection.execute(statement).all()
     return [row[0] for row in rows], [row[1] for row in rows]
 
@@ -169,8 +182,8 @@ def write_info(connection: Connection, key: str, value: str) -> None:
 
 
 def clear(connection: Connection) -> None:
-    """Delete every task."""
-    for table in (labels, tasks, sketches, contents, seeds):
+    """Delete every task, and what they were."""
+    for table in (labels, tasks, versions, sketches, contents, seeds):
         connection.execute(delete(table))
 
 
@@ -178,16 +191,18 @@ def _one(connection: Connection, statement: Select[Any], task_id: str) -> Record
     row = connection.execute(statement).one_or_none()
     if row is None:
         raise UnknownTask(task_id)
-    return _record(row)
+    return record_of(dict(row._mapping))
 
 
-def _record(row: Row[Any]) -> Record:
-    values = dict(row._mapping)
+def record_of(row: Mapping[str, Any]) -> Record:
+    """From the columns of `tasks`."""
+    values = dict(row)
     content = values.pop("content")
     return Record(Task(**values), content)
 
 
-def _row(record: Record) -> dict[str, Any]:
+def row_of(record: Record) -> dict[str, Any]:
+    """The columns of `tasks`."""
     return {**asdict(record.task), "content": record.content}
 
 

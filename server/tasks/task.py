@@ -37,7 +37,7 @@ class Task:
     template: str | None
     defaults: dict[str, Any]  # sampling parameters used where a request names none
     metadata: dict[str, JsonScalar]
-    provenance: dict[str, Any]  # "how": uploaded, copied, inventory; "from": of what
+    provenance: dict[str, Any]  # "how": uploaded, copied, fitted, converted, seeded; "by" a key
     created_at: datetime  # UTC
     updated_at: datetime  # UTC
 

@@ -32,7 +32,7 @@ def test_the_inventorys_tasks_are_registered_once(
     registry.create("b", routing(3))
     assert registry.seed(inventory) == ["a"]
     assert registry.get("a").template == "{input} is"
-    assert registry.get("a").provenance == {"how": "inventory", "from": inventory.fingerprint}
+    assert registry.get("a").provenance == {"how": "seeded", "from": inventory.fingerprint}
     assert registry.content_bytes("a") == routing(1).to_safetensors()
     assert registry.content_bytes("b") == routing(3).to_safetensors()
     registry.delete("a")

@@ -129,8 +129,9 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 
 def test_contents_are_shared_and_dropped_with_their_last_task(
-    registry: Registry, routing: Make, tmp_path: Path
+    open_registry: Open, routing: Make, tmp_path: Path
 ) -> None:
+    registry = open_registry(restore_seconds=0, kept_versions=0)
     data = tmp_path / "data"
     registry.create("t", routing(1), metadata={"a": 1})
     registry.create("u", routing(1))
@@ -143,7 +144,7 @@ def test_contents_are_shared_and_dropped_with_their_last_task(
     registry.delete("v")
     assert rows_of(data, "contents") == 1
     registry.delete("t")
-    for table in ("contents", "sketches", "labels", "tasks"):
+    for table in ("contents", "sketches", "labels", "tasks", "versions"):
         assert rows_of(data, table) == 0
 
 
