@@ -13,13 +13,13 @@ from polyhead.server.http.answerers import Answerer, Answerers
 from polyhead.server.http.checks import check_ids, check_most, check_sampling
 from polyhead.server.http.errors import InvalidValue
 from polyhead.server.http.schemas import (
-    INPUT,
     Asking,
     GenerateBody,
     Sampling,
     ScoreBody,
     exactly_one,
 )
+from polyhead.server.http.templates import filled, filled_length
 
 DEFAULT_MAX_TOKENS = 128
 CHARACTERS_PER_TOKEN = 64
@@ -102,8 +102,10 @@ class Admission:
             text = sum(len(message.content) for message in body.messages)
             self._check_length(name, text)
             return self._fitting(name, self._rendered(body), self.max_context - 1)
-        content = body.prompt if body.input is None else template.replace(INPUT, body.input)
-        return self._tokens(name, content or "", self.max_context - 1)
+        if body.input is None:
+            return self._tokens(name, body.prompt or "", self.max_context - 1)
+        self._check_length(name, filled_length(template, body.input))
+        return self._tokens(name, filled(template, body.input), self.max_context - 1)
 
     def _rendered(self, body: Asking) -> Sequence[int]:
         turns = [message.model_dump() for message in body.messages or ()]

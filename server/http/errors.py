@@ -3,6 +3,7 @@
 CallError               base; each kind is answered with one status
 ├── MalformedBody       the body is not JSON, or not the multipart form it claims to be
 ├── BodyTooLarge        more bytes than `max_body_bytes`
+├── BodyTooComplex      more values than are parsed
 ├── UnsupportedContent  a content type or encoding that this call does not read
 ├── InvalidValue        a value is wrong; carries the path of each one
 │   └── UnknownTaskNamed  the value is the id of a task that is not registered
@@ -51,6 +52,16 @@ class BodyTooLarge(CallError):
     def __init__(self, limit: int) -> None:
         super().__init__(f"the body is larger than the {limit} bytes that are accepted")
         self.limit = limit
+
+
+class BodyTooComplex(CallError):
+    """The body holds more values than are parsed."""
+
+    def __init__(self, values: int, limit: int) -> None:
+        super().__init__(
+            f"the body holds about {values} values and at most {limit} are parsed; large tensors "
+            "go as safetensors"
+        )
 
 
 class UnsupportedContent(CallError):

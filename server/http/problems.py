@@ -97,6 +97,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     http.CallError: INTERNAL,
     http.MalformedBody: MALFORMED,
     http.BodyTooLarge: Kind(413, "body_too_large", "The body is too large"),
+    http.BodyTooComplex: Kind(413, "body_too_complex", "The body holds too many values"),
     http.UnsupportedContent: Kind(415, "unsupported_content", "The content type is not read"),
     http.InvalidValue: INVALID,
     http.UnknownTaskNamed: UNKNOWN,

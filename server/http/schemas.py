@@ -24,6 +24,8 @@ from polyhead.server.http.errors import InvalidValue
 TASK_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 MAX_METADATA_BYTES = 65536
 MAX_TEMPLATE = 65536
+MAX_MEMBERS = 16384
+"""Of one object; each wrong one makes an error, which takes a hundred times its bytes."""
 INPUT = "{input}"
 
 Scalar = str | int | float | bool | None
@@ -33,6 +35,24 @@ class Body(BaseModel):
     """Strict: nothing is coerced, unknown fields and numbers that are not finite are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_members(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, value in (("", data), *data.items()):
+                if isinstance(value, dict) and len(value) > MAX_MEMBERS:
+                    _refuse_members(name, len(value))
+        return data
+
+
+def _refuse_members(field: str, count: int) -> None:
+    raise InvalidValue.of(
+        field,
+        "too many members",
+        found=f"an object of {count}",
+        expected=f"at most {MAX_MEMBERS} members",
+    )
 
 
 def exactly_one(body: BaseModel, *names: str, prefix: str = "") -> str:
@@ -159,7 +179,7 @@ class Asking(Body):
     routing: RoutingBody | None = None
     prompt: TextOrIds | None = None
     input: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     deadline: float | None = Field(None, gt=0, description="Seconds")
     priority: int = Field(0, ge=-100, le=100, description="Lower runs earlier")
 
@@ -191,7 +211,7 @@ class ExampleBody(Body):
     output: str
 
 
-Examples = Annotated[list[ExampleBody], Field(min_length=1)]
+Examples = Annotated[list[ExampleBody], Field(min_length=1, fail_fast=True)]
 
 
 class FitOptionsBody(Body):

@@ -166,7 +166,7 @@ class ChatMessage(Body):
 class ChatBody(AskedBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Default: the room left")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, description="Alternatives per token")
