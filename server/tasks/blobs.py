@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from collections.abc import Collection, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -108,7 +108,11 @@ class Bucket:
         if not url.startswith("s3://"):
             raise UnsupportedStore(f"blob store: expected s3://bucket/prefix, found {url!r}")
         try:
-            self._store = from_url(url, client_options={"timeout": "30s"})
+            self._store = from_url(
+                url,
+                client_options={"timeout": "30s", "allow_http": _allows_http()},
+                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=10)},
+            )
         except (BaseError, ValueError) as exc:
             raise UnsupportedStore(f"blob store {url}: {exc}") from exc
 
@@ -152,7 +156,13 @@ def _objects() -> Iterator[None]:
     try:
         yield
     except (BaseError, OSError) as exc:
-        raise RegistryUnavailable(f"the blob store cannot be used: {exc}") from exc
+        reason = str(exc).partition("\n")[0]
+        raise RegistryUnavailable(f"the blob store cannot be used: {reason}") from exc
+
+
+def _allows_http() -> bool:
+    """The one AWS_ variable that the library does not read by itself."""
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true"
 
 
 def _sync_folder(folder: Path) -> None:
