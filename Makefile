@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check bench suite clean
+.PHONY: setup serve test check fuzz bench suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -34,6 +34,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Over 10,000 calls that fit the description or do not, and 200,000 mutated tensors and templates.
+fuzz: setup
+	POLYHEAD_FUZZ_EXAMPLES=400 POLYHEAD_FUZZ_RUNS=200000 $(BIN)/pytest -s --timeout=7200 tests/fuzz
 
 suite: $(SUITE_PACKAGES)
 	$(BIN)/python -m benchmarks.tasks build $(DATA)/suite

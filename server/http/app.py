@@ -32,6 +32,7 @@ from polyhead.server.http.auth import Needs, Turns
 from polyhead.server.http.bodies import Pool, document
 from polyhead.server.http.bridge import Bridge
 from polyhead.server.http.callers import Callers
+from polyhead.server.http.described import OPENAI_ERRORS, PROBLEMS, OpenAIRefusal
 from polyhead.server.http.history import RollbackBody
 from polyhead.server.http.job_schemas import FitBody
 from polyhead.server.http.keys import KeyRing
@@ -88,6 +89,7 @@ def create_app(
         # Their pages would load scripts from elsewhere; /openapi.json stays.
         docs_url=None,
         redoc_url=None,
+        responses=PROBLEMS,
     )
     _add_middleware(app, settings)
     problems.install(app, metrics, {openai.PREFIX: error_body})
@@ -102,6 +104,8 @@ def create_app(
         FitBody,
         CompletionBody,
         ChatBody,
+        problems.Problem,
+        OpenAIRefusal,
     )
     return app
 
@@ -127,7 +131,6 @@ def _add_routes(app: FastAPI) -> None:
     for router, needs in (
         (generate.router, Needs("generate")),
         (score.router, Needs("generate")),
-        (openai.router, Needs("generate")),
         (tasks.router, Needs("tasks")),
         (fitting.router, Needs("tasks")),
         (jobs.router, Needs("tasks")),
@@ -136,6 +139,8 @@ def _add_routes(app: FastAPI) -> None:
         (inventory.router, Needs("generate", "tasks")),
     ):
         app.include_router(router, dependencies=[Depends(needs)])
+    generates = [Depends(Needs("generate"))]
+    app.include_router(openai.router, dependencies=generates, responses=OPENAI_ERRORS)
 
 
 async def _follow_keys(callers: Callers) -> None:

@@ -11,6 +11,7 @@ from polyhead.server.engine.request import Output, TokenLogprob
 from polyhead.server.engine.tokenizer import Tokenizer
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.bridge import OVERFLOW, Answer, unless_client_leaves
+from polyhead.server.http.described import EVENTS
 from polyhead.server.http.errors import GenerationFailed
 from polyhead.server.http.schemas import (
     Candidate,
@@ -26,7 +27,12 @@ from polyhead.server.http.stream import EventStream
 router = APIRouter()
 
 
-@router.post("/generate", response_model=GenerateAnswer, openapi_extra=takes(GenerateBody))
+@router.post(
+    "/generate",
+    response_model=GenerateAnswer,
+    responses=EVENTS,
+    openapi_extra=takes(GenerateBody),
+)
 async def generate(
     request: Request,
     body: Annotated[GenerateBody, Depends(json_body(GenerateBody))],

@@ -10,6 +10,7 @@ from starlette.responses import Response, StreamingResponse
 
 from polyhead.server.engine.errors import EngineDraining
 from polyhead.server.http.callers import the_caller
+from polyhead.server.http.described import EVENTS
 from polyhead.server.http.job_schemas import JobAnswer, JobPage, PointAnswer, job_answer
 from polyhead.server.http.parameters import TheService
 from polyhead.server.http.service import Service
@@ -55,7 +56,7 @@ async def cancel(job_id: str, service: TheService) -> Response:
     return _json(_shown(service, job))
 
 
-@router.get("/{job_id}/events", response_class=StreamingResponse)
+@router.get("/{job_id}/events", response_class=StreamingResponse, responses=EVENTS)
 async def events(job_id: str, service: TheService) -> Response:
     """Server-sent events: `job` with the whole job at first and at every change of its state,
     `progress` in between, from the beginning of the run; `[DONE]` after the job has ended."""
