@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check fuzz bench suite clean
+.PHONY: setup serve test check crash fuzz bench suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -34,6 +34,11 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The long form of the tests that kill the server, 200 rounds.
+crash: setup
+	POLYHEAD_CRASH_ROUNDS=200 $(BIN)/pytest -s --timeout 3000 tests/server/tasks/test_crash.py \
+		tests/end_to_end/test_two_servers.py
 
 # Over 10,000 calls that fit the description or do not, and 200,000 mutated tensors and templates.
 fuzz: setup

@@ -87,6 +87,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     tasks.JobEnded: Kind(409, "job_ended", "The job has ended"),
     tasks.JobTakenOver: Kind(409, "job_taken_over", "Another server runs the job"),
     tasks.TooManyJobs: Kind(503, "too_many_jobs", "The line of jobs is full"),
+    tasks.ArchiveError: INTERNAL,
     tasks.InventoryMismatch: INTERNAL,
     tasks.SchemaTooNew: INTERNAL,
     tasks.UnsupportedDatabase: INTERNAL,

@@ -9,6 +9,7 @@ RegistryError             base; carries the task id where there is one
 │   └── ReservedId        a valid id that Polyhead keeps for itself
 ├── InvalidCursor         a page was asked for with a cursor that `list` never gave
 ├── NotARouting           a private adapter was asked for its routing
+├── ArchiveError          a file that is not a registry's archive, or not this inventory's
 ├── InventoryMismatch     the stored tasks were made for another inventory
 ├── UnknownJob            no job has this id
 ├── TaskBeingFitted       another job of the same task has not ended
@@ -96,6 +97,10 @@ class NotARouting(RegistryError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"task {task_id!r} is a private adapter, not a routing", task_id=task_id)
+
+
+class ArchiveError(RegistryError):
+    """A file that is not a registry's archive, or not one of this inventory."""
 
 
 class InventoryMismatch(RegistryError):

@@ -57,7 +57,7 @@ class Registry(Lookups):
             super().__init__(database, layout, blobs)
             self.data_dir = data_dir
             self.inventory = inventory_fingerprint
-            self._options = options
+            self.options = options
             self._listeners: list[Callable[[str], None]] = []
             with database.write() as connection:
                 claim_for(connection, inventory_fingerprint, database.place)
@@ -186,7 +186,7 @@ class Registry(Lookups):
             new = next_generation(
                 self.inventory, old, template=template, defaults=defaults, metadata=metadata
             )
-            change.supersede(old, new, "edited", self._options.kept_versions)
+            change.supersede(old, new, "edited", self.options.kept_versions)
         return new.task
 
     def copy(
@@ -218,9 +218,9 @@ class Registry(Lookups):
         with self.changing(task_id, by) as change:
             old = store.claim(change.connection, task_id, if_match)
             store.remove(change.connection, old)
-            history.keep(change.connection, old, "deleted", self._options.kept_versions)
+            history.keep(change.connection, old, "deleted", self.options.kept_versions)
             change.note("deleted", old.task, None)
-            if self._options.restore_seconds == 0:
+            if self.options.restore_seconds == 0:
                 history.drop_task(change.connection, task_id)
 
     def restore(self, task_id: str, by: str | None = None) -> Task:
@@ -252,7 +252,7 @@ class Registry(Lookups):
             now = datetime.now(UTC)
             task = with_fields(former.task, created_at=old.task.created_at, updated_at=now)
             new = Record(task, former.content)
-            change.supersede(old, new, "rolled_back", self._options.kept_versions)
+            change.supersede(old, new, "rolled_back", self.options.kept_versions)
         return task
 
     def purge(self) -> Sequence[str]:
@@ -278,7 +278,7 @@ class Registry(Lookups):
 
         Raises `RoutingError`, `PrivateAdapterError`.
         """
-        packed = pack(content, self.layout, self._sketcher, precision or self._options.precision)
+        packed = pack(content, self.layout, self._sketcher, precision or self.options.precision)
         if packed.kind == "private" and self.blobs.put(packed.fingerprint, packed.data):
             return with_fields(packed, data=b"")
         return packed
@@ -300,7 +300,7 @@ class Registry(Lookups):
             store.put_content(change.connection, packed)
             action: Action = "fitted" if task.provenance["how"] == "fitted" else "replaced"
             record = Record(task, new.content)
-            change.supersede(old, record, action, self._options.kept_versions)
+            change.supersede(old, record, action, self.options.kept_versions)
             if also is not None:
                 also(change.connection, task)
         return task
@@ -321,4 +321,4 @@ class Registry(Lookups):
             listener(task_id)
 
     def _restorable_since(self) -> datetime:
-        return datetime.now(UTC) - timedelta(seconds=self._options.restore_seconds)
+        return datetime.now(UTC) - timedelta(seconds=self.options.restore_seconds)

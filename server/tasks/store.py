@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +77,10 @@ def put_content(connection: Connection, content: StoredContent) -> None:
         connection.execute(insert(sketches), {"fingerprint": key, "sketch": content.sketch})
 
 
+def has_content(connection: Connection, fingerprint: str) -> bool:
+    return bool(connection.scalar(select(exists().where(contents.c.fingerprint == fingerprint))))
+
+
 def drop_unused(connection: Connection, fingerprint: str) -> None:
     """Delete a content that no task has any more, nor ever had as far as it is remembered."""
     for table in (tasks, versions):
@@ -135,6 +139,13 @@ def all_tasks(connection: Connection) -> list[Task]:
         record_of(dict(row._mapping)).task
         for row in connection.execute(select(tasks).order_by(tasks.c.id))
     ]
+
+
+def all_records(connection: Connection) -> Iterator[Record]:
+    """Every task in the order of the ids, a few at a time in memory."""
+    statement = select(tasks).order_by(tasks.c.id).execution_options(yield_per=500)
+    for row in connection.execute(statement):
+        yield record_of(dict(row._mapping))
 
 
 def all_sketches(
