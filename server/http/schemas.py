@@ -153,6 +153,9 @@ class RoutingBody(Body):
     weights: list[Any] | None = None
     safetensors: Base64 | None = None
     granularity: Granularity = "module"
+    precision: Literal["float32", "float16"] | None = Field(
+        None, description="Numbers that a task stores; null is the server's choice"
+    )
 
 
 class PrivateAdapterBody(Body):
@@ -173,9 +176,6 @@ class Asking(Body):
 
     task: TaskId | None = None
     mixture: dict[TaskId, Annotated[float, Field(gt=0, le=1e6)]] | None = Field(None, min_length=1)
-    precision: Literal["float32", "float16"] | None = Field(
-        None, description="Numbers that a task stores; null is the server's choice"
-    )
     routing: RoutingBody | None = None
     prompt: TextOrIds | None = None
     input: str | None = None
