@@ -1,16 +1,18 @@
 """Who may call: the dependency that every route but the health checks has, and its other half."""
 
 import ipaddress
+from collections.abc import Iterator
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polyhead.server.http import keys
 from polyhead.server.http.callers import Caller, set_caller
-from polyhead.server.http.errors import CrossOrigin, ForeignHost
+from polyhead.server.http.errors import CrossOrigin, ForeignHost, InvalidValue, shown
 from polyhead.server.http.service import Service, the_service
 
 ENTERED = "caller"
@@ -30,7 +32,8 @@ class Needs:
     It runs before the body is read, tells `the_caller()` to everything that follows, and puts the
     key's id (None where no keys are asked for) into `request.state.principal`.
     Raises `KeyMissing`, `KeyInvalid`, `MissingScope`, `TooManyRequests`, `TokenRateExceeded`,
-    `TooManyAtOnce`; without keys `ForeignHost`, `CrossOrigin`.
+    `TooManyAtOnce`; without keys `ForeignHost`, `CrossOrigin`; `InvalidValue` for a parameter of
+    the query that the call does not know.
     """
 
     def __init__(self, *scopes: keys.Scope) -> None:
@@ -51,6 +54,7 @@ class Needs:
         request.scope["state"][ENTERED] = caller
         request.state.principal = caller.id
         set_caller(caller)
+        _refuse_unknown_query(request)
 
 
 class Turns:
@@ -86,6 +90,25 @@ def _check_browser(request: Request, service: Service) -> None:
         return
     if origin.partition("://")[2] != host:
         raise CrossOrigin(origin)
+
+
+def _refuse_unknown_query(request: Request) -> None:
+    """A misspelt filter would list everything, so it is refused as a misspelt field is."""
+    known = set(_query_names(request.scope["route"].dependant))
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            raise InvalidValue.of(
+                f"query.{name[:64]}",
+                "unknown parameter",
+                found=shown(value),
+                expected=" or ".join(sorted(known)) or "none",
+            )
+
+
+def _query_names(dependant: Dependant) -> Iterator[str]:
+    yield from (field.alias for field in dependant.query_params)
+    for inner in dependant.dependencies:
+        yield from _query_names(inner)
 
 
 def _name(host: str) -> str:

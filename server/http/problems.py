@@ -34,6 +34,8 @@ ROOTS: tuple[type[Exception], ...] = (
 RETRY_AFTER = 5
 """Seconds after which another replica, or this one restarted, may answer."""
 SHOWN_ERRORS = 16
+SHOWN_TEXT = 2000
+"""Characters of a detail or a value; a refusal does not send back all that was sent."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def _field_problem(error: FieldError) -> FieldProblem:
 
 
 def _printable(text: str) -> str:
+    if len(text) > SHOWN_TEXT:
+        text = f"{text[:SHOWN_TEXT]}… ({len(text)} long)"
     return text.encode("utf-8", "backslashreplace").decode()
 
 

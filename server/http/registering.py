@@ -135,6 +135,7 @@ def takes_registration() -> dict[str, Any]:
     form = {
         "type": "object",
         "required": [TASK_PART, FILE_PART],
+        "additionalProperties": False,
         "properties": {TASK_PART: text, FILE_PART: binary},
     }
     described["requestBody"]["content"][MULTIPART] = {"schema": form}

@@ -76,6 +76,22 @@ def test_each_limit(
     )
 
 
+@pytest.mark.parametrize("path", ["/tasks?prefx=a", "/jobs?limit=1&x=", "/tasks/amber?api_key=k"])
+def test_an_unknown_parameter_is_refused(live: LiveServer, path: str) -> None:
+    answer = live.client.get(path)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_value")
+    assert answer.json()["errors"][0]["message"] == "unknown parameter"
+
+
+def test_a_refusal_does_not_echo_all_that_was_sent(live: LiveServer) -> None:
+    header = json.dumps({f"t{i}": 0 for i in range(10_000)}).encode()
+    for data in (header, b'{"x": "' + b"y" * 100_000 + b'"}'):
+        form = {**FORM, "routing": ("r", struct.pack("<Q", len(data)) + data)}
+        answer = live.client.post("/tasks", files=form)
+        assert answer.status_code == 422
+        assert len(answer.content) < 10_000
+
+
 def test_a_template_of_many_places_is_refused_before_it_is_filled(live: LiveServer) -> None:
     """9,000 places and an input of 150 kB would be a text of 1.3 GB."""
     places = {"id": "new", "copy_of": "amber", "template": "{input}" * 9000}
