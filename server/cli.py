@@ -20,6 +20,7 @@ from polyhead.server.commands.common import AsJson, fail, one_line_errors
 from polyhead.server.commands.evaluate import evaluate_command
 from polyhead.server.commands.fit import fit_command
 from polyhead.server.commands.keys import keys_app
+from polyhead.server.commands.tasks import tasks_app
 from polyhead.server.commands.train import train_command
 from polyhead.server.config import Settings
 
@@ -32,6 +33,7 @@ app = typer.Typer(
 convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
 app.add_typer(keys_app, name="keys")
+app.add_typer(tasks_app, name="tasks")
 app.command("train")(train_command)
 app.command("fit")(fit_command)
 app.command("eval")(evaluate_command)
