@@ -185,6 +185,9 @@ PATHS = [
     ("DELETE", "/tasks/{}", None),
     ("GET", "/tasks/{}/routing", None),
     ("GET", "/tasks/{}/similar", None),
+    ("GET", "/tasks/{}/history", None),
+    ("POST", "/tasks/{}/rollback", {"generation": "x"}),
+    ("POST", "/tasks/{}/restore", None),
     ("POST", "/tasks/{}/fit", {"examples": [{"input": "a", "output": "b"}]}),
     ("GET", "/v1/models/{}", None),
 ]
@@ -383,6 +386,7 @@ def test_no_key_is_ever_logged(
         call(keyed, "acme", "POST", "/generate", json=ASK)
         keyed.client.get("/tasks", headers={"Authorization": f"Bearer {wrong}"})
         monkeypatch.setattr(type(keyed.service.registry), "get", break_down)
+        keyed.client.get("/tasks", params={"api_key": KEYS["tasks"]})
         # The server closes this connection, so it is not one of the shared client's.
         broken = httpx.get(f"{keyed.url}/tasks/amber", headers=bearer("all"), trust_env=False)
         assert broken.status_code == 500
