@@ -154,7 +154,7 @@ class RoutingBody(Body):
     safetensors: Base64 | None = None
     granularity: Granularity = "module"
     precision: Literal["float32", "float16"] | None = Field(
-        None, description="Numbers that a task stores; null is the server's choice"
+        default=None, description="Numbers that a task stores; null is the server's choice"
     )
 
 
