@@ -1,9 +1,10 @@
 """Every setting of the server, in one class: flags and environment variables end up here."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -104,3 +105,12 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        """A browser sends no path and no slash at the end, so such an origin would match none."""
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"expected scheme://host[:port] or *, not {origin!r}")
+        return origins

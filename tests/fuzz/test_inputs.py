@@ -7,11 +7,14 @@ import struct
 import subprocess
 import sys
 from base64 import b64encode
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("atheris", reason="atheris has no build for this platform")
+pytestmark = pytest.mark.skipif(
+    find_spec("atheris") is None, reason="atheris has no build for this platform"
+)
 
 RUNS = os.environ.get("POLYHEAD_FUZZ_RUNS", "4000")
 HANG_SECONDS = 10

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from polyhead.server.config import Settings
 from polyhead.server.http.keys import KeyRing, KeysFileError, hash_of, new_key, read_keys
 
 KEY = new_key()
+NEEDED = {"backbone": "b", "inventory": "i", "data_dir": "d"}
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -128,3 +131,11 @@ def test_neither_key_nor_hash_is_shown(tmp_path: Path) -> None:
     assert KEY not in repr(found)
     assert hash_of(KEY) not in repr(found)
     assert KEY not in path.read_text()
+
+
+@pytest.mark.parametrize("origin", ["https://a.example/", "a.example", "https://a/b", "", "null"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValidationError, match="cors_origin"):
+        Settings.model_validate(NEEDED | {"cors_origin": [origin]})
+    good = ["*", "https://a.example", "http://localhost:3000"]
+    assert Settings.model_validate(NEEDED | {"cors_origin": good}).cors_origin == good
