@@ -14,6 +14,7 @@ from polyhead.server.tasks.sql import Database
 logger = logging.getLogger(__name__)
 
 PAGE = 1000
+CONNECT_SECONDS = 5
 TIDY_SECONDS = 3600.0
 
 
@@ -101,7 +102,9 @@ class Follower:
             self._step()
 
     def _listen(self) -> None:
-        with psycopg.connect(self._database.address, autocommit=True) as connection:
+        with psycopg.connect(
+            self._database.address, autocommit=True, connect_timeout=CONNECT_SECONDS
+        ) as connection:
             connection.execute(f"LISTEN {audit.CHANNEL}".encode())
             while not self._stopping.is_set():
                 self._step()  # also what was said before anybody listened

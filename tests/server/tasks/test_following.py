@@ -3,11 +3,15 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from postgres_server import PostgresServer
 
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.server.tasks.catalogue import Catalogue
+from polyhead.server.tasks.errors import RegistryUnavailable
+from polyhead.server.tasks.options import Options
 from polyhead.server.tasks.registry import Registry
 
 Make = Callable[..., Routing]
@@ -88,3 +92,26 @@ def test_many_changes_at_once_are_all_told(open_registry: Open, routing: Make) -
         writer.join()
     eventually(lambda: len(told) == 61)
     assert other.convergence_lag < 1.0
+
+
+def test_a_database_that_was_away_is_followed_on(
+    postgresql: PostgresServer, tmp_path: Path, layout: Layout, routing: Make
+) -> None:
+    url = postgresql.new_database()
+    one, other = (
+        Registry(tmp_path / name, "1" * 64, layout, Options(database_url=url, poll_seconds=0.1))
+        for name in ("one", "other")
+    )
+    told: list[str] = []
+    other.subscribe(told.append)
+    other.follow()
+    one.create("before", routing(1))
+    eventually(lambda: told == ["before"])
+    postgresql.stop()
+    with pytest.raises(RegistryUnavailable):
+        one.create("meanwhile", routing(2))
+    postgresql.start()
+    one.create("after", routing(3))
+    eventually(lambda: told == ["before", "after"])
+    one.close()
+    other.close()
