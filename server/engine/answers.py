@@ -9,6 +9,7 @@ from polyhead.server.engine.sequence import STEM, Sequence, sequences_of
 from polyhead.server.engine.text_stream import TextStream
 from polyhead.server.engine.tokenizer import Tokenizer
 
+STRAY = "what the grammar allows next could not be found out in time"
 OVERFLOW = "the task's adapter overflows: its output is not finite"
 
 
@@ -55,6 +56,8 @@ class Answers:
                 continue  # another choice of the same request has just ended it
             if found.overflow:
                 events += self.fail([row.sequence.request.id], OVERFLOW, overflow=True)
+            elif found.stray:
+                events += self.fail([row.sequence.request.id], STRAY, stray=True)
             elif row.sequence.sample:
                 row.sequence.logprobs += found.scored
                 if found.token is not None:
@@ -79,14 +82,19 @@ class Answers:
         return [event for name in late for event in self._end(name, "deadline")]
 
     def fail(
-        self, request_ids: Iterable[str], message: str, *, overflow: bool = False
+        self,
+        request_ids: Iterable[str],
+        message: str,
+        *,
+        overflow: bool = False,
+        stray: bool = False,
     ) -> list[Event]:
         """End requests that cannot be answered."""
         known = [name for name in request_ids if name in self._open]
         for name in known:
             for _ in self._close_all(name):
                 pass
-        return [Failure(name, message, overflow) for name in known]
+        return [Failure(name, message, overflow, stray) for name in known]
 
     def _extend(self, sequence: Sequence, token: int, found: Sampled) -> Output:
         request = sequence.request

@@ -52,4 +52,5 @@ class Sampled:
     token: int | None = None
     logprob: TokenLogprob | None = None
     scored: tuple[TokenLogprob, ...] = ()
+    stray: bool = False  # what the grammar allows next could not be found out
     overflow: bool = False  # the row's logits are not numbers: its adapter overflows

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from polyhead.adapters.plan import Adapter
+    from polyhead.server.engine.constraint import Grammar
 
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 
@@ -30,6 +31,7 @@ class SamplingParams:
     logprobs: int | None = None  # None is off; k gives the chosen token and k alternatives
     ignore_eos: bool = False
     n: int = 1
+    grammar: "Grammar | None" = None  # what the answer is held to
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,13 @@ class Failure:
     """A request ended without an answer: a step it was part of raised, or its adapter overflowed.
 
     overflow: its own adapter made numbers that are not finite; trying again will not help.
+    stray: what its grammar allows next could not be found out in time; nor will it.
     """
 
     request_id: str
     message: str
     overflow: bool = False
+    stray: bool = False
 
 
 Event = Output | Failure

@@ -140,7 +140,10 @@ def _read(logits: Tensor, entries: Ordered[LogitRow]) -> dict[int, Sampled]:
         sound: list[bool] = torch.isfinite(chosen[:, 0]).tolist()
         logprobs = _logprobs(own, rows, tokens)
         for row, token, logprob, fine in zip(rows, tokens, logprobs, sound, strict=True):
-            found[id(row)] = Sampled(token, logprob) if fine else Sampled(overflow=True)
+            cursor = row.sequence.cursor
+            stray = cursor is not None and cursor.failed
+            drawn_token = Sampled(token, logprob, stray=stray)
+            found[id(row)] = drawn_token if fine else Sampled(overflow=True)
     scored = [i for i, entry in enumerate(entries) if entry.scored is not None]
     if scored:
         given = [entry.scored for entry in entries if entry.scored is not None]
@@ -163,6 +166,7 @@ def _draw_of(row: Row) -> Draw:
         len(sequence.tokens),
         sequence.tokens,
         len(sequence.request.prompt),
+        sequence.cursor,
     )
 
 

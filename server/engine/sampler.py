@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyhead.server.engine.constraint import Cursor
 from polyhead.server.engine.request import SamplingParams, TokenLogprob
 
 FIRST_CANDIDATES = 1024
@@ -24,25 +25,29 @@ class Draw:
     position: int
     tokens: Ordered[int]
     prompt: int = 0  # how many of the tokens were asked, not answered
+    cursor: Cursor | None = None  # in the grammar that the answer is held to
 
 
 def sample(logits: Tensor, draws: Ordered[Draw]) -> list[int]:
     """One token per row. logits `[n, V]`, of any float dtype; they are not changed.
 
     The order of filters is transformers': repetition penalty, temperature, top-k, top-p, min-p;
-    presence and frequency penalties (OpenAI's) follow the repetition penalty.
+    presence and frequency penalties (OpenAI's) follow the repetition penalty, then the grammar.
     A row's randomness depends on its seed, choice and position only, never on its neighbours.
     """
-    if all(_plain(draw.params) for draw in draws):
+    if all(draw.cursor is None and _plain(draw.params) for draw in draws):
         greedy: list[int] = logits.argmax(-1).tolist()
         return greedy
     scores = logits.float().clone()
     for row, draw in enumerate(draws):
         _penalise(scores[row], draw)
+        _constrain(scores[row], draw)
     tokens: list[int] = scores.argmax(-1).tolist()
     for row, draw in enumerate(draws):
         if draw.params.temperature > 0:
             tokens[row] = _draw(scores[row], draw)
+        if draw.cursor is not None and not draw.cursor.failed:
+            draw.cursor.take(tokens[row])
     return tokens
 
 
@@ -84,6 +89,14 @@ def _penalise(scores: Tensor, draw: Draw) -> None:
         said = torch.tensor(list(counts), device=scores.device)
         times = torch.tensor(list(counts.values()), device=scores.device)
         scores[said] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def _constrain(scores: Tensor, draw: Draw) -> None:
+    """Rule out every token that the grammar does not allow next. scores `[V]`."""
+    if draw.cursor is not None:
+        allowed = torch.from_numpy(draw.cursor.allowed(draw.tokens[draw.prompt :]))
+        scores[: len(allowed)].masked_fill_(~allowed.to(scores.device), -torch.inf)
+        scores[len(allowed) :] = -torch.inf  # rows of the output head without a token
 
 
 def _draw(scores: Tensor, draw: Draw) -> int:

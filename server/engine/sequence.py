@@ -3,8 +3,12 @@
 import secrets
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polyhead.server.engine.request import Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from polyhead.server.engine.constraint import Cursor
 
 
 @dataclass(eq=False)
@@ -24,6 +28,7 @@ class Sequence:
     stem: "Sequence | None" = None  # holds the shared prompt's keys and values
     branches: "list[Sequence]" = field(default_factory=list)  # of a stem: who still needs it
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    cursor: "Cursor | None" = None  # in the grammar that the answer is held to
 
     @property
     def remaining(self) -> int:
@@ -74,8 +79,16 @@ def sequences_of(request: Request) -> list[Sequence]:
         bodies = [list(prompt) for _ in range(request.params.n)]
     given = request.params.seed
     seed = secrets.randbits(63) if given is None else given
+    grammar = request.params.grammar
     choices = [
-        Sequence(request, index, body, sample=not request.continuations, seed=seed)
+        Sequence(
+            request,
+            index,
+            body,
+            sample=not request.continuations,
+            seed=seed,
+            cursor=None if grammar is None else grammar.cursor(),
+        )
         for index, body in enumerate(bodies)
     ]
     if len(choices) == 1 or len(prompt) == 1 or request.echo:

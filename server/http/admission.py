@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import Any
 
 from polyhead.server.config import Settings
+from polyhead.server.engine.constraint import BadSchema, Grammar, Grammars
 from polyhead.server.engine.request import Request, SamplingParams
 from polyhead.server.engine.tokenizer import NoChatTemplate, Tokenizer
 from polyhead.server.http.answerers import Answerer, Answerers
 from polyhead.server.http.checks import check_ids, check_most, check_sampling
-from polyhead.server.http.errors import InvalidValue
+from polyhead.server.http.errors import InvalidValue, shown
 from polyhead.server.http.schemas import (
     Asking,
     GenerateBody,
@@ -33,6 +34,7 @@ class Admission:
     settings: Settings
     tokenizer: Tokenizer
     answerers: Answerers
+    grammars: Grammars
     max_context: int
     vocabulary: int
 
@@ -159,4 +161,22 @@ class Admission:
             logprobs=merged.logprobs,
             ignore_eos=body.ignore_eos,
             n=merged.n,
+            grammar=self._grammar(body),
         )
+
+    def _grammar(self, body: GenerateBody) -> Grammar | None:
+        asked = body.response_format
+        if asked is None or asked.type == "text":
+            return None
+        if asked.json_schema is None:
+            return self.grammars.json_object()
+        schema = asked.json_schema.body
+        try:
+            return self.grammars.of_schema(schema)
+        except BadSchema as exc:
+            raise InvalidValue.of(
+                "response_format.json_schema.schema",
+                str(exc),
+                found=shown(schema),
+                expected="a JSON schema that answers can be held to",
+            ) from exc

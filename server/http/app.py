@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from polyhead.server.config import Settings
+from polyhead.server.engine.constraint import Grammars
 from polyhead.server.engine.loading import Loaded
 from polyhead.server.fitting.board import Board
 from polyhead.server.fitting.lane import Lane, LaneOptions
@@ -163,6 +164,7 @@ def _service(
         settings=settings,
         tokenizer=loaded.tokenizer,
         answerers=Answerers(catalogue, loaded.inventory, settings.max_mixture),
+        grammars=Grammars(loaded.tokenizer),
         max_context=loaded.max_context,
         vocabulary=min(embeddings.num_embeddings, loaded.tokenizer.vocab_size),
     )

@@ -10,7 +10,7 @@ from starlette.types import Receive
 from polyhead.server.engine.errors import EngineDead
 from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.http.callers import Caller, the_caller
-from polyhead.server.http.errors import ClientGone, GenerationFailed
+from polyhead.server.http.errors import ClientGone, GenerationFailed, InvalidValue
 from polyhead.server.metrics import Metrics, Stopwatch
 
 T = TypeVar("T")
@@ -81,6 +81,13 @@ class Answer:
         # The engine has logged the reason; its own words may hold what no client should read.
         if not self._engine.alive:
             return EngineDead(ENGINE_STOPPED)
+        if failure.stray:
+            return InvalidValue.of(
+                "response_format",
+                "too hard to hold an answer to",
+                found="a schema whose next tokens take too long to find",
+                expected="simpler patterns, or fewer alternatives",
+            )
         return GenerationFailed(OVERFLOW if failure.overflow else STEP_FAILED)
 
     def fail(self, error: Exception) -> None:

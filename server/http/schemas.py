@@ -190,12 +190,52 @@ class Asking(Body):
         return self
 
 
+class JsonSchema(Body):
+    """A schema that the answer is to fit. Answers are held to it whatever `strict` says."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    body: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What the answer is held to: nothing, any JSON object, or a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema")
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidValue.of(
+                "response_format.json_schema",
+                "does not go with the type",
+                found=f"{'a' if self.json_schema else 'no'} schema with type {self.type}",
+                expected="a schema with type json_schema, and none with another",
+            )
+        return self
+
+
 class GenerateBody(Asking, Sampling):
     """`POST /generate`."""
 
+    response_format: ResponseFormat | None = None
     stream: bool = False
     ignore_eos: bool = False
     return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _can_end(self) -> "GenerateBody":
+        held = self.response_format is not None and self.response_format.type != "text"
+        if held and self.ignore_eos:
+            raise InvalidValue.of(
+                "ignore_eos",
+                "an answer that is held to a format ends with it",
+                found="true with response_format",
+                expected="false, or no response_format",
+            )
+        return self
 
 
 class ScoreBody(Asking):

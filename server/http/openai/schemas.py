@@ -10,6 +10,7 @@ from polyhead.server.http.schemas import (
     Body,
     GenerateBody,
     Message,
+    ResponseFormat,
     Sampling,
     TaskId,
     TextOrIds,
@@ -19,7 +20,8 @@ from polyhead.server.http.schemas import (
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions; a chat's answer may take all the room that is left."""
 
-SAME_NAME = (set(Sampling.model_fields) | {"ignore_eos"}) - {"logprobs", "max_tokens"}
+OTHER_NAME = {"logprobs", "max_tokens"}
+SAME_NAME = {*Sampling.model_fields, "ignore_eos", "response_format"} - OTHER_NAME
 
 
 class StreamOptions(Body):
@@ -39,6 +41,7 @@ class AskedBody(Sampling):
     model: TaskId
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     ignore_eos: bool = False
     user: str | None = None
     metadata: dict[str, str] | None = None
