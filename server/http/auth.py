@@ -2,7 +2,7 @@
 
 import ipaddress
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, get_origin
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
@@ -33,7 +33,7 @@ class Needs:
     key's id (None where no keys are asked for) into `request.state.principal`.
     Raises `KeyMissing`, `KeyInvalid`, `MissingScope`, `TooManyRequests`, `TokenRateExceeded`,
     `TooManyAtOnce`; without keys `ForeignHost`, `CrossOrigin`; `InvalidValue` for a parameter of
-    the query that the call does not know.
+    the query that the call does not know, or that is given twice.
     """
 
     def __init__(self, *scopes: keys.Scope) -> None:
@@ -54,7 +54,7 @@ class Needs:
         request.scope["state"][ENTERED] = caller
         request.state.principal = caller.id
         set_caller(caller)
-        _refuse_unknown_query(request)
+        _check_query(request)
 
 
 class Turns:
@@ -92,23 +92,30 @@ def _check_browser(request: Request, service: Service) -> None:
         raise CrossOrigin(origin)
 
 
-def _refuse_unknown_query(request: Request) -> None:
-    """A misspelt filter would list everything, so it is refused as a misspelt field is."""
-    known = set(_query_names(request.scope["route"].dependant))
-    for name, value in request.query_params.multi_items():
+def _check_query(request: Request) -> None:
+    """A misspelt filter would list everything, so it is refused as a misspelt field is; and of two
+    values of one parameter nobody knows which was meant."""
+    known = dict(_parameters(request.scope["route"].dependant))
+    for name in request.query_params:
+        values = request.query_params.getlist(name)
         if name not in known:
-            raise InvalidValue.of(
-                f"query.{name[:64]}",
-                "unknown parameter",
-                found=shown(value),
-                expected=" or ".join(sorted(known)) or "none",
-            )
+            expected = " or ".join(sorted(known)) or "none"
+            raise _wrong_parameter(name, "unknown parameter", values, expected)
+        if len(values) > 1 and not known[name]:
+            raise _wrong_parameter(name, "given more than once", values, "one value")
 
 
-def _query_names(dependant: Dependant) -> Iterator[str]:
-    yield from (field.alias for field in dependant.query_params)
+def _wrong_parameter(name: str, message: str, values: list[str], expected: str) -> InvalidValue:
+    found = shown(values if len(values) > 1 else values[0])
+    return InvalidValue.of(f"query.{name[:64]}", message, found=found, expected=expected)
+
+
+def _parameters(dependant: Dependant) -> Iterator[tuple[str, bool]]:
+    """Names in the query that a call knows, and whether each may be repeated."""
+    for field in dependant.query_params:
+        yield field.alias, get_origin(field.field_info.annotation) is list
     for inner in dependant.dependencies:
-        yield from _query_names(inner)
+        yield from _parameters(inner)
 
 
 def _name(host: str) -> str:

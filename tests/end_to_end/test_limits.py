@@ -83,6 +83,13 @@ def test_an_unknown_parameter_is_refused(live: LiveServer, path: str) -> None:
     assert answer.json()["errors"][0]["message"] == "unknown parameter"
 
 
+def test_a_parameter_is_given_once(live: LiveServer) -> None:
+    answer = live.client.get("/tasks?prefix=a&prefix=b")
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "query.prefix"
+    assert live.client.get("/tasks?metadata=a:1&metadata=b:2").status_code == 200
+
+
 def test_a_refusal_does_not_echo_all_that_was_sent(live: LiveServer) -> None:
     header = json.dumps({f"t{i}": 0 for i in range(10_000)}).encode()
     for data in (header, b'{"x": "' + b"y" * 100_000 + b'"}'):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from live_server import TASKS
 from schemathesis import GenerationMode
@@ -97,6 +97,12 @@ def keep_one(
         body[kept] = usual[1]
 
 
+def straightened(value: Any) -> bool:
+    """Whether a query's parameter of this wrong value is sent as none or as a single text, with
+    which nothing is wrong any more when it arrives."""
+    return value is None or (isinstance(value, list | dict) and len(value) < 2)
+
+
 def test_every_described_call(server: ServerProcess) -> None:
     described = schemathesis.openapi.from_url(f"{server.client.base_url}/openapi.json")
     answers: Counter[tuple[str, int]] = Counter()
@@ -129,7 +135,9 @@ def send_many(operation: Any, answers: Counter[tuple[str, int]]) -> None:
     )
     @given(case=cases, seed=st.integers(0, 2**32))
     def send(case: Any, seed: int) -> None:
-        if case.meta.generation.mode.is_positive and seed % 4:
+        right = case.meta.generation.mode.is_positive
+        assume(right or not any(map(straightened, (case.query or {}).values())))
+        if right and seed % 4:
             aimed(case, random.Random(seed))
         answer = case.call(headers=HEADERS, timeout=HANG_SECONDS)
         answers[operation.label, answer.status_code] += 1
