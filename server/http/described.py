@@ -25,8 +25,13 @@ class OpenAIRefusal(BaseModel):
 
 
 RETRY_AFTER = {"description": "Seconds to wait", "schema": {"type": "integer"}}
-EVENTS: Responses = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
-"""The answer is, or may be, a stream of events."""
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}
+EVENTS: Responses = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+"""The answer is, or may be, a stream of such events."""
 
 
 def _refusals(model: type[BaseModel], media_type: str) -> Responses:
