@@ -5,7 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("throughput", "registration", "memory", "liveness", "fit_lane", "fitting", "registry")
+COMMANDS = (
+    "throughput",
+    "registration",
+    "memory",
+    "liveness",
+    "fit_lane",
+    "fitting",
+    "registry",
+    "lm_eval",
+    "guidellm",
+)
 DEMO = ("--backbone", "data/SmolLM2-135M-Instruct", "--inventory", "data/inventory")
 GIVEN = {"liveness": DEMO, "fitting": (*DEMO, "--suite", "data/suite")}
 """Options that a command has no default for; later ones override them."""
