@@ -1,5 +1,6 @@
 """Runs one batch through the backbone: cache operations, plan, forward pass, sampling."""
 
+import inspect
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
@@ -49,6 +50,7 @@ class Runner:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._model = model
+        self._cache_keyword = cache_keyword(model)
         self._injection = injection
         self._capacities = capacities
         self._shape = KVShape.of(model.config)
@@ -109,9 +111,14 @@ class Runner:
                 return self._call(inputs)
 
     def _call(self, inputs: dict[str, Tensor]) -> Tensor:
-        output = self._model(**inputs, past_key_values=StepCache(), use_cache=True)
+        output = self._model(**inputs, **{self._cache_keyword: StepCache()}, use_cache=True)
         logits: Tensor = output.logits
         return logits[0]
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """transformers renamed the argument in 5.24, model by model."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _pack(rows: Ordered[Row]) -> Packed:

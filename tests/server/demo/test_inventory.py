@@ -11,6 +11,7 @@ from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.plan import Adapter, RoutedTask, use_plan
 from polyhead.server.demo import backbone
 from polyhead.server.demo.inventory import NAME, TRAINED, prepare_inventory
+from polyhead.server.engine.runner import cache_keyword
 
 KNOWN = {
     "past_tense": ("walk", "walked"),
@@ -58,7 +59,8 @@ def test_every_task_answers_its_own_question(data: Path, inventory: Inventory) -
         with torch.inference_mode():
             while len(said) < MOST_TOKENS:
                 with use_plan(injection.plan(adapters, [ids.shape[1]])):
-                    ids = model(ids, past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True)
+                    logits = model(ids, **{cache_keyword(model): cache}).logits
+                    ids = logits[:, -1].argmax(-1, keepdim=True)
                 if int(ids) == tokenizer.eos_token_id:
                     break
                 said.append(int(ids))
