@@ -32,7 +32,7 @@ def test_defaults_are_those_that_were_published(tmp_path: Path) -> None:
         (LEAST + "[data]\n", r"train\.toml: not TOML"),
         ('method = "lora"\n' + LEAST, r"train\.toml: method 'lora' means heads = 1, skills = 1"),
         ('method = "poly"\n' + LEAST, r"train\.toml: method 'poly' means heads = 1 in"),
-        ('method = "mu-zero-shot"\n' + LEAST, r"`start` names an inventory"),
+        ('method = "mu-zero-shot"\n' + LEAST, r"needs an inventory to `start` from"),
         (LEAST + "[batch]\ntasks = 5\n", r"batch: examples \(32\) is no multiple of tasks \(5\)"),
     ],
 )
