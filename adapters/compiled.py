@@ -19,9 +19,9 @@ Hidden = tuple[Floats | None, Floats | None]
 """The low-rank activations of a group: factored `[n, G, r]`, combined `[N, R]`."""
 
 
-def compiled_for(group: ops.SkillGroup) -> bool:
-    """Whether the kernels serve these skills."""
-    plain = group.a.device.type == "cpu" and group.a.dtype == torch.float32
+def compiled_for(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels serve numbers of this kind."""
+    plain = device.type == "cpu" and dtype == torch.float32
     return plain and torch.get_num_threads() <= MOST_THREADS
 
 

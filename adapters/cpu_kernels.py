@@ -85,14 +85,19 @@ _tile_4_8, _tile_1_8 = _tile(4, 8, 2), _tile(1, 8, 4)
 _tile_1_1 = _tile(1, 1, 4)
 
 
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to write the cache: compile it in every process
-        return numba.njit(nogil=True)(function)
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function without Python's lock held, and keep it for the next process."""
+
+    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # nowhere to write the cache: compile it in every process
+            return numba.njit(nogil=True, **options)(function)
+
+    return compile_it
 
 
-@_compiled
+@compiled()
 def _product(y, ldy, x, ldx, b, ldb, m, k, n):  # type: ignore[no-untyped-def]
     """`y += x @ b` for y `[m, n]`, x `[m, k]`, b `[k, n]`."""
     column = 0
@@ -124,7 +129,7 @@ def _product(y, ldy, x, ldx, b, ldb, m, k, n):  # type: ignore[no-untyped-def]
             column += 1
 
 
-@_compiled
+@compiled()
 def combined_shrink(x, width, a, ranks, runs, hidden):  # type: ignore[no-untyped-def]
     """Every task's first product. x: address of `[N, width]`; a, ranks `[T]`: the addresses and
     sums of ranks of the tasks' A_t; runs `[K, 3]`: first token, tokens, task; hidden: `[N, R]`
@@ -138,7 +143,7 @@ def combined_shrink(x, width, a, ranks, runs, hidden):  # type: ignore[no-untype
             _product(to, hidden.shape[1], own, width, a[task], rank, count, width, rank)
 
 
-@_compiled
+@compiled()
 def combined_expand(y, width, b, ranks, offsets, runs, hidden):  # type: ignore[no-untyped-def]
     """Every task's second product for one module, added onto y: address of `[N, width]`. b, ranks,
     offsets `[T]`: addresses and ranks of the tasks' B_t and where in hidden their numbers begin."""
@@ -151,7 +156,7 @@ def combined_expand(y, width, b, ranks, offsets, runs, hidden):  # type: ignore[
             _product(to, width, own, hidden.shape[1], b[task], width, count, rank, width)
 
 
-@_compiled
+@compiled()
 def factored_shrink(x, width, a, weights, rows, first, mixed):  # type: ignore[no-untyped-def]
     """First half for a group. x: address of `[n, width]`; a: of `[H, width/H, G*S*r]`; weights
     `[*, M, H, S]`, of which row rows[i] is token i's and module first the group's first; mixed
@@ -176,7 +181,7 @@ def factored_shrink(x, width, a, weights, rows, first, mixed):  # type: ignore[n
                             mixed[start + i, g, j] += w[s] * products[i, s * rank + j]
 
 
-@_compiled
+@compiled()
 def factored_expand(y, width, b, weights, rows, module, g, mixed):  # type: ignore[no-untyped-def]
     """Second half for module number `module`, the g-th of its group, added onto y: address of
     `[n, width]`; b: of `[H, S*r, width/H]`."""

@@ -56,7 +56,7 @@ class Planner:
         self._device = device
         self.costs = costs or FormCosts()
         first = slots[0].group
-        self._compiled = compiled_for(first)
+        self._compiled = compiled_for(first.a.dtype, first.a.device)
         board = PlainBoard if self._compiled else WeightBoard
         self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()

@@ -12,13 +12,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from polyhead.adapters.compiled import compiled_for
+from polyhead.server.engine import cpu_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.kv_cache import KVStore
 
@@ -35,6 +39,7 @@ class DecodeGroup:
     """The decoding rows of one arena. Row `rows[i]` of the arena belongs to token `tokens[i]`."""
 
     arena: int
+    numbers: NDArray[np.int64]  # [n, 3]: token, row, position
     tokens: Tensor | slice  # [n], a slice where they are adjacent
     rows: Tensor  # [n]
     positions: Tensor  # [n]
@@ -61,6 +66,7 @@ class StepAttention:
         self.store = store
         self._device = device
         self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._compiled = compiled_for(store.dtype, device)
         self.groups, self.chunks = _arrange(rows, device)
 
     def attend(
@@ -68,10 +74,13 @@ class StepAttention:
     ) -> Tensor:
         """q `[1, heads, N, d]`, k and v `[1, kv_heads, N, d]`; answers `[1, N, heads, d]`."""
         keys, values = self.store.keys[layer], self.store.values[layer]
-        queries, new_k, new_v = (t[0].transpose(0, 1) for t in (q, k, v))  # [N, heads, d]
-        out = queries.new_empty(queries.shape)
+        queries, new_k, new_v = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
+        out = queries.new_empty(queries.shape)  # [N, heads, d]
         for group in self.groups:
             own_k, own_v = keys[group.arena], values[group.arena]
+            if self._compiled:
+                _decode_compiled(group, queries, new_k, new_v, own_k, own_v, scale, window, out)
+                continue
             own_k[group.rows, :, group.positions] = new_k[group.tokens]
             own_v[group.rows, :, group.positions] = new_v[group.tokens]
             out[group.tokens] = self._decode(
@@ -133,6 +142,23 @@ class StepAttention:
         return self._masks[key]
 
 
+def _decode_compiled(
+    group: DecodeGroup,
+    q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    factor = np.float32(q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = k.shape[2] if window is None else window
+    step = (t.numpy() for t in (q, new_k, new_v, k, v))
+    cpu_attention.decode(*step, group.numbers, factor, seen, out.numpy())
+
+
 def _arrange(
     rows: Ordered[Row], device: torch.device
 ) -> tuple[list[DecodeGroup], list[PrefillChunk]]:
@@ -163,6 +189,7 @@ def _group(arena: int, found: list[tuple[int, Row]], device: torch.device) -> De
     adjacent = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
     return DecodeGroup(
         arena=arena,
+        numbers=np.array([tokens, rows, positions], np.int64).T.copy(),
         tokens=slice(tokens[0], tokens[-1] + 1)
         if adjacent
         else torch.tensor(tokens, device=device),

@@ -49,6 +49,7 @@ class KVStore:
     ) -> None:
         self.shape = shape
         self.capacities = capacities
+        self.dtype = dtype
         empty = [
             torch.zeros(0, shape.heads, capacity, shape.width, dtype=dtype, device=device)
             for capacity in capacities

@@ -10,6 +10,7 @@ from factories import Collector, alone, make_engine, tiny_model
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
+from polyhead.adapters.compiled import MOST_THREADS
 from polyhead.server.engine.attention import StepAttention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.kv_cache import KVShape, KVStore
@@ -81,9 +82,11 @@ def parts(rows: list[Row], owners: dict[Sequence, Text], name: str, layer: int) 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("threads", [1, MOST_THREADS + 1], ids=["compiled", "torch"])
 def test_random_steps_equal_plain_attention(
-    heads: int, kv_heads: int, window: int | None, seed: int
+    heads: int, kv_heads: int, window: int | None, seed: int, threads: int
 ) -> None:
+    torch.set_num_threads(threads)
     rnd, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     texts = [
         text_of(rnd.choice([1, 20, 127, 129, 300]), heads, kv_heads, generator) for _ in range(7)
@@ -112,6 +115,26 @@ def test_random_steps_equal_plain_attention(
         for text in texts:  # those that are through leave holes behind
             if text.done == text.length and rnd.random() < 0.3:
                 space.release(text.sequence)
+
+
+@pytest.mark.parametrize("threads", [1, MOST_THREADS + 1], ids=["compiled", "torch"])
+def test_an_overflow_stays_visible_and_in_its_own_row(threads: int) -> None:
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    texts = [text_of(9, 4, 2, generator) for _ in range(3)]
+    space = KVSpace(2_000, 400)
+    store = KVStore(KVShape(LAYERS, 2, WIDTH), space.capacities, torch.float32, CPU)
+    texts[1].q[0, 3, 5:] = torch.tensor([float("nan"), float("inf"), 3e38, -3e38])[:, None]
+    for position in range(9):
+        for text in texts:
+            assert space.reserve(text.sequence, position + 1)
+        rows = [Row(t.sequence, position, 1, space.place(t.sequence)) for t in texts]
+        store.carry_out(space.drain())
+        q, k, v = (parts(rows, {t.sequence: t for t in texts}, name, 0) for name in "qkv")
+        out = StepAttention(rows, store, CPU).attend(0, q, k, v, None, None)[0]
+        sound = torch.isfinite(out).all(-1)
+        assert sound[[0, 2]].all()
+        assert sound[1].tolist() == [True, True, True, position < 5]
 
 
 def greedy(model: PreTrainedModel, requests: list[Request]) -> list[list[int]]:
