@@ -16,9 +16,6 @@ COMMANDS = (
     "lm_eval",
     "guidellm",
 )
-DEMO = ("--backbone", "data/SmolLM2-135M-Instruct", "--inventory", "data/inventory")
-GIVEN = {"liveness": DEMO, "fitting": (*DEMO, "--suite", "data/suite")}
-"""Options that a command has no default for; later ones override them."""
 
 
 def main() -> int:
@@ -50,7 +47,7 @@ def title(name: str) -> str:
 
 def run(name: str, options: list[str]) -> int:
     """In a process of its own, so that no measurement inherits another's memory and threads."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", *GIVEN.get(name, ()), *options]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options]
     return subprocess.run(command, cwd=Path(__file__).parents[1], check=False).returncode
 
 

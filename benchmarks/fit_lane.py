@@ -20,9 +20,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks import timing
-from benchmarks.registration import decoding, quantile
+from benchmarks import options, timing
 from benchmarks.serving import TICKS, Served, serving
+from benchmarks.streams import decoding
+from benchmarks.timing import quantile
 
 P99_GOAL = 1.25
 STEPS = 10_000
@@ -40,12 +41,8 @@ class Window:
 
 
 def main(
-    backbone: Annotated[Path, typer.Option(help="Folder of the backbone")] = Path(
-        "data/SmolLM2-135M-Instruct"
-    ),
-    inventory: Annotated[Path, typer.Option(help="Folder of the inventory")] = Path(
-        "data/inventory"
-    ),
+    backbone: options.Backbone = options.BACKBONE,
+    inventory: options.Inventory = options.INVENTORY,
     streams: Annotated[int, typer.Option(help="Streams that decode")] = 8,
     rounds: int = 4,
     seconds: Annotated[float, typer.Option(help="Length of a window")] = 20.0,

@@ -1,7 +1,6 @@
 """How long fitting takes: one task alone, and sixteen together over sixteen times one."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import timing
+from benchmarks import options, timing
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.evaluate import EvalOptions, shots_of
@@ -25,9 +24,9 @@ GOAL_SECONDS, GOAL_RATIO = 60.0, 0.6
 
 
 def main(
-    backbone: Annotated[Path, typer.Option(help="Folder of the backbone")],
-    inventory: Annotated[Path, typer.Option(help="Folder of the inventory")],
-    suite: Annotated[Path, typer.Option(help="Folder of the suite")],
+    backbone: options.Backbone = options.BACKBONE,
+    inventory: options.Inventory = options.INVENTORY,
+    suite: Annotated[Path, typer.Option(help="Folder of the suite")] = Path("data/suite"),
     method: Annotated[str, typer.Option(help="How the tasks are fitted")] = "z",
     steps: Annotated[int, typer.Option(help="Steps of each fit; none stops early")] = 60,
     alone: Annotated[int, typer.Option(help="How many of the sixteen are fitted alone too")] = 4,
@@ -41,12 +40,14 @@ def main(
     tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
     loaded = Inventory.load(inventory)
     # Nothing may end early, or the two sides would do different work.
-    options = FitOptions(method=method, steps=steps, patience=steps)  # type: ignore[arg-type]
-    tasks = [_fit_task(task, options) for task in _sixteen(read_suite(suite))]
+    chosen = FitOptions(method=method, steps=steps, patience=steps)  # type: ignore[arg-type]
+    tasks = [_fit_task(task, chosen) for task in _sixteen(read_suite(suite))]
     singles = _middle(tasks, tokenizer, alone)
 
-    def run(chosen: Sequence[FitTask]) -> timing.Run:
-        return _measure(lambda: fit(model, loaded, tokenizer, chosen, micro_tokens=MICRO_TOKENS))
+    def run(together: Sequence[FitTask]) -> timing.Run:
+        return timing.measure(
+            lambda: fit(model, loaded, tokenizer, together, micro_tokens=MICRO_TOKENS)
+        )
 
     run([_fit_task(_sixteen(read_suite(suite))[0], FitOptions(method="z", steps=1))])
     runs = []
@@ -74,12 +75,6 @@ def _print(
 
 def _told(run: timing.Run) -> str:
     return f"{run.wall_seconds:.1f} s, {run.cpu_seconds:.1f} CPU s"
-
-
-def _measure(work: Any) -> timing.Run:
-    began, computed = time.perf_counter(), time.process_time()
-    work()
-    return timing.Run(time.process_time() - computed, time.perf_counter() - began)
 
 
 def _sixteen(tasks: Sequence[SuiteTask]) -> list[SuiteTask]:

@@ -20,9 +20,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.serving import Memory, Served, serving
-from benchmarks.workload import Work, make_work
+from benchmarks.workload import VOCABULARY, Work, make_work
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.routing import Routing
 from polyhead.server.tasks.registry import Registry
@@ -31,7 +31,6 @@ WORKING = 16
 """Tasks that the measured work uses, and its requests."""
 MIXED = 64
 """Tasks of one mixture: the most that a server takes by default."""
-VOCABULARY = 49152
 GOAL_BYTES = 1e9
 
 
@@ -44,12 +43,8 @@ class Rate:
 
 
 def main(
-    backbone: Annotated[Path, typer.Option(help="Folder of the backbone")] = Path(
-        "data/SmolLM2-135M-Instruct"
-    ),
-    inventory: Annotated[Path, typer.Option(help="Folder of the inventory")] = Path(
-        "data/inventory"
-    ),
+    backbone: options.Backbone = options.BACKBONE,
+    inventory: options.Inventory = options.INVENTORY,
     tasks: Annotated[int, typer.Option(help="Registered tasks of the full server")] = 10_000,
     rounds: int = 4,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each request of the work")] = 32,

@@ -12,12 +12,10 @@ import http.client
 import itertools
 import json
 import multiprocessing.pool
-import socket
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +25,10 @@ import safetensors.numpy
 import typer
 from rich.console import Console
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.serving import Served, serving
+from benchmarks.streams import decoding
+from benchmarks.timing import quantile
 
 FORMS = ("JSON", "safetensors")
 BOUNDARY = "a-line-that-no-part-holds"
@@ -46,12 +46,8 @@ class Window:
 
 
 def main(
-    backbone: Annotated[Path, typer.Option(help="Folder of the backbone")] = Path(
-        "data/SmolLM2-135M-Instruct"
-    ),
-    inventory: Annotated[Path, typer.Option(help="Folder of the inventory")] = Path(
-        "data/inventory"
-    ),
+    backbone: options.Backbone = options.BACKBONE,
+    inventory: options.Inventory = options.INVENTORY,
     count: Annotated[int, typer.Option(help="Registrations of each form when idle")] = 100,
     streams: Annotated[int, typer.Option(help="Streams that decode")] = 16,
     rounds: int = 4,
@@ -119,36 +115,6 @@ def _window(
     return Window(
         [b - a for times in inside for a, b in itertools.pairwise(times)], latencies(calls)
     )
-
-
-@contextlib.contextmanager
-def decoding(served: Served, streams: int) -> Iterator[list[list[float]]]:
-    """Open streams over the demo's tasks; yields, for each, when something of it arrived."""
-    tasks = [task["id"] for task in served.get("/tasks?limit=5")["tasks"]]
-    arrivals: list[list[float]] = [[] for _ in range(streams)]
-    with contextlib.ExitStack() as stack:
-        for number, times in enumerate(arrivals):
-            connection = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
-            connection.sendall(_stream_request(tasks[number % len(tasks)]))
-            threading.Thread(target=_note_arrivals, args=(connection, times), daemon=True).start()
-        while served.running() < streams or not all(len(times) > 4 for times in arrivals):
-            time.sleep(0.1)
-        yield arrivals
-    while served.running():
-        time.sleep(0.1)
-
-
-def _stream_request(task: str) -> bytes:
-    body = {"task": task, "prompt": "Once upon a time", "max_tokens": 1500, "temperature": 1.0}
-    data = json.dumps({**body, "stream": True, "ignore_eos": True}).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
-    return f"{head}Content-Type: application/json\r\n\r\n".encode() + data
-
-
-def _note_arrivals(connection: socket.socket, times: list[float]) -> None:
-    with contextlib.suppress(OSError):
-        while connection.recv(65536):
-            times.append(time.perf_counter())
 
 
 def register(
@@ -240,10 +206,6 @@ def _print_gaps(console: Console, windows: dict[str, list[Window]]) -> None:
     title = f"Gaps between tokens, in quiet median steps of {step} ms; goal: longest adds <= 1"
     columns = ("registering", "median", "p99", "longest", "longest, less the quiet one")
     timing.print_table(console, title, columns, rows)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[round(share * (len(values) - 1))]
 
 
 if __name__ == "__main__":

@@ -6,26 +6,22 @@
 """
 
 import functools
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks import timing
+from benchmarks import options, timing
 from benchmarks.sides import EngineSide, GenerateSide, generate_model
-from benchmarks.workload import make_work
+from benchmarks.workload import VOCABULARY, make_work
 from polyhead.server.engine.backbone import DTYPES
 
-VOCABULARY = 49152
 POLY_TASKS = 16
 
 
 def main(
-    backbone: Annotated[Path, typer.Option(help="Folder of the backbone")] = Path(
-        "data/SmolLM2-135M-Instruct"
-    ),
+    backbone: options.Backbone = options.BACKBONE,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
     requests: int = 64,
     rounds: int = 3,

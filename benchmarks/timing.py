@@ -28,13 +28,14 @@ def run_in_turn(
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for number in range(rounds):
         for name, side in sides.items():
-            run = _measure(side)
+            run = measure(side)
             runs[name].append(run)
             console.log(f"round {number + 1}/{rounds} {name}: {run.cpu_seconds:.1f} CPU s")
     return runs
 
 
-def _measure(side: Callable[[], None]) -> Run:
+def measure(side: Callable[[], object]) -> Run:
+    """One call of a side, on the clock and in CPU time of this process."""
     cpu, wall = _cpu_seconds(), time.perf_counter()
     side()
     return Run(_cpu_seconds() - cpu, time.perf_counter() - wall)
@@ -53,6 +54,11 @@ def rates(runs: Sequence[Run], tokens: int) -> list[float]:
 def spread(values: Sequence[float]) -> str:
     """`median (least–most)`."""
     return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of all lies: 0.5 is the median, 1 the greatest."""
+    return sorted(values)[round(share * (len(values) - 1))]
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> str:

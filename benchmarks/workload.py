@@ -4,6 +4,10 @@ import random
 from dataclasses import dataclass
 
 
+VOCABULARY = 49152
+"""Of the demo's backbone; prompts of random tokens are made from it."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One request: random prompt tokens, and how many new tokens it must get."""
