@@ -4,7 +4,7 @@ Values are the server's to check; what is left out is the server's to choose.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, Required, TypedDict
 
 from polyhead.clients.routing import Routing
 
@@ -34,10 +34,26 @@ class Sampling(TypedDict, total=False):
     top_k: int  # 0 is off
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
     seed: int
     stop: str | list[str]
     n: int
     logprobs: int  # alternatives per token
+
+
+class JSONSchema(TypedDict):
+    """A schema that an answer keeps to, and its name."""
+
+    name: str
+    schema: dict[str, Any]
+
+
+class ResponseFormat(TypedDict, total=False):
+    """What an answer is held to, in OpenAI's form."""
+
+    type: Required[Literal["text", "json_object", "json_schema"]]
+    json_schema: JSONSchema  # with that type only
 
 
 class Asking(TypedDict, total=False):
@@ -55,6 +71,7 @@ class Asking(TypedDict, total=False):
 class Generating(Asking, Sampling, total=False):
     """What `generate` and `stream` take beside the task."""
 
+    response_format: ResponseFormat
     ignore_eos: bool
     return_token_ids: bool
 

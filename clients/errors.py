@@ -40,7 +40,7 @@ class APIConnectionError(PolyheadError):
     """No answer, or only a part of one, came back."""
 
 
-class APITimeoutError(APIConnectionError):
+class APITimeoutError(APIConnectionError, TimeoutError):
     """No answer came back within the time that was given."""
 
 

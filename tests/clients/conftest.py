@@ -23,7 +23,7 @@ class InLoop:
         value = getattr(self._target, name)
         return partial(self._call, value) if callable(value) else InLoop(value, self._portal)
 
-    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(self, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         async def call() -> Any:
             made = method(*args, **kwargs)
             return await made if isawaitable(made) else made

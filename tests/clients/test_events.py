@@ -6,8 +6,8 @@ from polyhead.clients.errors import APIConnectionError, UnprocessableError
 from polyhead.clients.events import EventReader
 
 SENT = (
-    b'event: job\ndata: {"a": 1}\n\n: the job has no news\n\ndata: {"b": "\xe2\x80\xa8\xc3\xa9"}\n\n'
-    b"data: [DONE]\n\n"
+    b'event: job\ndata: {"a": 1}\n\n: the job has no news\n\n'
+    b'data: {"b": "\xe2\x80\xa8\xc3\xa9"}\n\ndata: [DONE]\n\n'
 )
 MEANT = [("job", b'{"a": 1}'), ("", '{"b": "\u2028é"}'.encode())]
 
