@@ -40,11 +40,10 @@ def suites(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ]
     outs = [folder / str(i) for i in range(2)]
     builds = [start("build", str(out), env=env) for out, env in zip(outs, worlds, strict=True)]
-    for build in builds:
-        _, err = build.communicate()
-        if build.returncode == 2:
-            pytest.skip(f"the suite's data is not installed: {err.splitlines()[-1]}")
-        assert err == ""
+    errors = [build.communicate()[1] for build in builds]
+    if builds[0].returncode == 2:
+        pytest.skip(f"the suite's data is not installed: {errors[0].splitlines()[-1]}")
+    assert errors == ["", ""]
     return outs[0], outs[1]
 
 
