@@ -88,7 +88,7 @@ _tile_1_1 = _tile(1, 1, 4)
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function without Python's lock held, and keep it for the next process."""
 
-    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_it(function: Callable[..., Any]) -> Any:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # nowhere to write the cache: compile it in every process

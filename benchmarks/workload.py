@@ -3,7 +3,6 @@
 import random
 from dataclasses import dataclass
 
-
 VOCABULARY = 49152
 """Of the demo's backbone; prompts of random tokens are made from it."""
 
