@@ -12,6 +12,9 @@ from polyhead.adapters.errors import PrivateAdapterError
 from polyhead.adapters.inventory import ModuleShape
 from polyhead.adapters.tensor_files import dump_tensors, parse_tensors, tensor_bytes
 
+MAX_RANK = 256
+"""Of a private adapter, where nobody says another."""
+
 
 @dataclass(frozen=True, eq=False)
 class PrivateAdapter:
@@ -31,7 +34,7 @@ class PrivateAdapter:
         b: Mapping[str, Tensor],
         modules: Sequence[ModuleShape],
         scaling: float = 1.0,
-        max_rank: int = 256,
+        max_rank: int = MAX_RANK,
     ) -> "PrivateAdapter":
         """Validate shapes and numbers, fold `scaling` into B. Raises `PrivateAdapterError`."""
         shapes = {module.name: module for module in modules}
@@ -54,7 +57,7 @@ class PrivateAdapter:
 
     @classmethod
     def from_safetensors(
-        cls, data: bytes, modules: Sequence[ModuleShape], max_rank: int = 256
+        cls, data: bytes, modules: Sequence[ModuleShape], max_rank: int = MAX_RANK
     ) -> "PrivateAdapter":
         """From a safetensors file with `<module>.A [I, r]` and `<module>.B [r, O]`."""
         try:
