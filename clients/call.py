@@ -28,14 +28,16 @@ class Reply:
 class Call(Generic[T]):
     """What to send, and how to read what comes back.
 
-    repeatable: sending it twice has the effect and the answer of sending it once. expected: the
-    statuses whose answers `read` understands; others are errors.
+    form: parts of a multipart form instead of a body, as file names and contents; a name of None
+    is plain text. repeatable: sending it twice has the effect and the answer of sending it once.
+    expected: the statuses whose answers `read` understands; others are errors.
     """
 
     method: str
     path: str
     read: Callable[[Reply], T]
     body: Mapping[str, Any] | None = None
+    form: Mapping[str, tuple[str | None, bytes]] | None = None
     query: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     repeatable: bool = False

@@ -56,6 +56,7 @@ class Options:
             call.method,
             self.base_url + call.path,
             json=call.body,
+            files=call.form,
             params=call.query,
             headers={**self.headers, **call.headers},
             timeout=httpx.Timeout(seconds, connect=connect),

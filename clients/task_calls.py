@@ -1,6 +1,7 @@
 """What can be asked of the registry of tasks, one function for each call; nothing is sent here."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -9,11 +10,12 @@ from urllib.parse import quote
 from polyhead.clients.asking import Example, FitOptions, Sampling
 from polyhead.clients.call import Call, Page, Reply, answer, nothing, parse
 from polyhead.clients.calls import given, routing_body
+from polyhead.clients.folders import packed
 from polyhead.clients.models import Job, Neighbour, Scalar, Similar, Task, TaskPage
 from polyhead.clients.routing import Routing
 
 PrivateAdapter = bytes | str | Path
-"""The safetensors of a LoRA that a task owns alone: its bytes, or the path of its file."""
+"""A LoRA that a task owns alone: the bytes or the path of its safetensors, or a PEFT folder."""
 Metadata = Mapping[str, Scalar]
 
 
@@ -31,9 +33,8 @@ def create(
     template: holds `{input}`. defaults: sampling where a request names none. Raises
     `ConflictError` where the id is taken.
     """
-    body = {"id": id, **_content(routing, private_adapter)}
-    body |= given(template=template, defaults=defaults, metadata=metadata)
-    return Call("POST", "/tasks", answer(Task), body)
+    body = {"id": id, **given(template=template, defaults=defaults, metadata=metadata)}
+    return Call("POST", "/tasks", answer(Task), **_sent(body, routing, private_adapter))
 
 
 def copy(
@@ -106,9 +107,8 @@ def replace(
 
     if_match: the generation that the task must be at; `StaleError` where it is at another.
     """
-    body = _content(routing, private_adapter)
-    body |= given(template=template, defaults=defaults, metadata=metadata)
-    return _changing("PUT", _path(id), answer(Task), body, if_match)
+    body = given(template=template, defaults=defaults, metadata=metadata)
+    return _changing("PUT", _path(id), if_match, **_sent(body, routing, private_adapter))
 
 
 def update(
@@ -122,7 +122,7 @@ def update(
     """Replace what is given, each as a whole: `""` and `{}` remove template, defaults, metadata."""
     fields = given(template=template, defaults=defaults, metadata=metadata)
     body = {name: value or None for name, value in fields.items()}
-    return _changing("PATCH", _path(id), answer(Task), body, if_match)
+    return _changing("PATCH", _path(id), if_match, body=body)
 
 
 def delete(id: str, *, if_match: str | None = None) -> Call[None]:
@@ -153,11 +153,10 @@ def _tasks(query: Mapping[str, Any]) -> Call[Page[Task]]:
     return Call("GET", "/tasks", read, query=query, repeatable=True)
 
 
-def _changing(
-    method: str, path: str, read: Any, body: dict[str, Any], if_match: str | None
-) -> Call[Task]:
+def _changing(method: str, path: str, if_match: str | None, **sent: Any) -> Call[Task]:
     # With a tag, the second of two equal changes is refused because the first one was made.
-    return Call(method, path, read, body, headers=_tag(if_match), repeatable=if_match is None)
+    tag = _tag(if_match)
+    return Call(method, path, answer(Task), headers=tag, repeatable=if_match is None, **sent)
 
 
 def _path(id: str) -> str:
@@ -172,12 +171,20 @@ def _routing(reply: Reply) -> Routing:
     return Routing.from_safetensors(reply.content)
 
 
-def _content(routing: Routing | None, private_adapter: PrivateAdapter | None) -> dict[str, Any]:
-    body: dict[str, Any] = {}
+def _sent(
+    fields: dict[str, Any], routing: Routing | None, private_adapter: PrivateAdapter | None
+) -> dict[str, Any]:
+    """`body` of a `Call`, or `form` where a folder is sent."""
+    body = dict(fields)
     if routing is not None:
         body["routing"] = routing_body(routing)
-    if private_adapter is not None:
-        given_bytes = isinstance(private_adapter, bytes)
-        data = private_adapter if given_bytes else Path(private_adapter).read_bytes()  # type: ignore[arg-type]
-        body["private_adapter"] = {"safetensors": base64.b64encode(data).decode()}  # type: ignore[arg-type]
-    return body
+    if private_adapter is None:
+        return {"body": body}
+    if not isinstance(private_adapter, bytes):
+        path = Path(private_adapter)
+        if path.is_dir():
+            archive = ("adapter.tar", packed(path))
+            return {"form": {"task": (None, json.dumps(body).encode()), "private_adapter": archive}}
+        private_adapter = path.read_bytes()
+    body["private_adapter"] = {"safetensors": base64.b64encode(private_adapter).decode()}
+    return {"body": body}

@@ -86,6 +86,10 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Bytes of a request's body before 413"
     )
+    max_unpacked_bytes: int = Field(
+        64 << 20, ge=1024, description="Bytes that an uploaded archive may unpack to before 413"
+    )
+    max_adapter_rank: int = Field(256, ge=1, description="Rank of an uploaded private adapter")
     max_deadline: float = Field(3600.0, gt=0, description="Seconds one request may take at most")
     task_cache_bytes: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of tasks kept resident; others wait on disk"

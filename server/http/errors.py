@@ -4,6 +4,8 @@ CallError               base; each kind is answered with one status
 ├── MalformedBody       the body is not JSON, or not the multipart form it claims to be
 ├── BodyTooLarge        more bytes than `max_body_bytes`
 ├── BodyTooComplex      more values than are parsed
+├── BadArchive          an archive that is none, or holds what is not read
+├── ArchiveTooLarge     an archive of too many members, or that unpacks to too much
 ├── UnsupportedContent  a content type or encoding that this call does not read
 ├── InvalidValue        a value is wrong; carries the path of each one
 │   └── UnknownTaskNamed  the value is the id of a task that is not registered
@@ -62,6 +64,14 @@ class BodyTooComplex(CallError):
             f"the body holds about {values} values and at most {limit} are parsed; large tensors "
             "go as safetensors"
         )
+
+
+class BadArchive(CallError):
+    """The archive is none, or holds links, devices, paths that lead out of it, or not the files."""
+
+
+class ArchiveTooLarge(CallError):
+    """The archive holds too many members, or would unpack to more bytes than are accepted."""
 
 
 class UnsupportedContent(CallError):

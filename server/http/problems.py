@@ -101,6 +101,8 @@ KINDS: Mapping[type[Exception], Kind] = {
     http.MalformedBody: MALFORMED,
     http.BodyTooLarge: Kind(413, "body_too_large", "The body is too large"),
     http.BodyTooComplex: Kind(413, "body_too_complex", "The body holds too many values"),
+    http.BadArchive: Kind(422, "invalid_archive", "The archive is not read"),
+    http.ArchiveTooLarge: Kind(413, "archive_too_large", "The archive holds too much"),
     http.UnsupportedContent: Kind(415, "unsupported_content", "The content type is not read"),
     http.InvalidValue: INVALID,
     http.UnknownTaskNamed: UNKNOWN,

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from polyhead.adapters.errors import PrivateAdapterError
 from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.peft_lora import CONFIG_FILE, WEIGHTS_FILE, read_peft_lora
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
@@ -17,34 +18,41 @@ from polyhead.server.http.bodies import Pool, json_body, parsed, takes
 from polyhead.server.http.callers import the_caller
 from polyhead.server.http.checks import check_sampling, from_base64, unknown_task
 from polyhead.server.http.errors import FieldError, InvalidValue, MalformedBody
+from polyhead.server.http.folders import read_folder
 from polyhead.server.http.limits import JSON, MULTIPART, content_type
 from polyhead.server.http.schemas import TaskBody, TaskFields
 from polyhead.server.tasks.contents import Content, Precision
 
 TASK_PART = "task"
-FILE_PART = "routing"
+ROUTING_PART, ADAPTER_PART = "routing", "private_adapter"
 
 
 @dataclass(frozen=True)
 class Registration:
-    """A body and, where it came as a form, the bytes of the routing's file."""
+    """A body and, where it came as a form, the bytes of a routing's file or of an archive with a
+    PEFT LoRA's folder."""
 
     body: TaskBody
-    file: bytes | None = None
+    routing_file: bytes | None = None
+    adapter_archive: bytes | None = None
 
-    def content(self, inventory: Inventory) -> Content | None:
+    def content(self, inventory: Inventory, settings: Settings) -> Content | None:
         """The numbers, checked against `inventory`; None where they are to come from elsewhere:
         a copy's source, a fit.
 
-        Raises `InvalidValue`, `RoutingError`, `PrivateAdapterError`.
+        Raises `InvalidValue`, `RoutingError`, `PrivateAdapterError`, `BadArchive`,
+        `ArchiveTooLarge`.
         """
         self.check_sources()
-        if self.file is not None:
-            return Routing.from_safetensors(self.file, inventory.layout)
+        if self.routing_file is not None:
+            return Routing.from_safetensors(self.routing_file, inventory.layout)
+        if self.adapter_archive is not None:
+            return read_archive(self.adapter_archive, inventory, settings)
         if self.body.routing is not None:
             return read_routing(self.body.routing, inventory)
         if self.body.private_adapter is not None:
-            return read_private(self.body.private_adapter.safetensors, inventory)
+            text = self.body.private_adapter.safetensors
+            return read_private(text, inventory, settings.max_adapter_rank)
         return None
 
     @property
@@ -56,14 +64,14 @@ class Registration:
         """Raises `InvalidValue` unless exactly one source of numbers is given."""
         body = self.body
         sources = {
-            "routing": body.routing is not None or self.file is not None,
+            "routing": body.routing is not None,
+            "the file part routing": self.routing_file is not None,
             "copy_of": body.copy_of is not None,
             "private_adapter": body.private_adapter is not None,
+            "the file part private_adapter": self.adapter_archive is not None,
             "examples": body.examples is not None,
         }
         given = [name for name, there in sources.items() if there]
-        if body.routing is not None and self.file is not None:
-            given.append("the file part routing")
         if len(given) != 1:
             raise InvalidValue.of(
                 given[1] if given else "routing",
@@ -106,25 +114,28 @@ async def _read(request: Request) -> Registration:
     except HTTPException as exc:
         raise MalformedBody(str(exc.detail)) from exc
     try:
-        task, data = await _parts(form)
+        task, routing, archive = await _parts(form)
     finally:
         await form.close()
     pool: Pool = request.app.state.service.pool
-    return Registration(
-        await pool.run(parsed, TaskBody, task.encode("utf-8", "surrogatepass")), data
-    )
+    body = await pool.run(parsed, TaskBody, task.encode("utf-8", "surrogatepass"))
+    return Registration(body, routing, archive)
 
 
-async def _parts(form: FormData) -> tuple[str, bytes]:
+async def _parts(form: FormData) -> tuple[str, bytes | None, bytes | None]:
+    """The task, and the file of a routing or an archive."""
     parts = dict(form.multi_items())
-    task, file = parts.pop(TASK_PART, None), parts.pop(FILE_PART, None)
+    task = parts.pop(TASK_PART, None)
+    files = [parts.pop(name, None) for name in (ROUTING_PART, ADAPTER_PART)]
     if parts:
         raise _wrong_part(next(iter(parts)), "unknown part", "no such part")
     if not isinstance(task, str):
         raise _wrong_part(TASK_PART, "missing", "a part with the task as JSON")
-    if not isinstance(file, UploadFile):
-        raise _wrong_part(FILE_PART, "missing", "a part with a safetensors file")
-    return task, await file.read()
+    routing, archive = [await f.read() if isinstance(f, UploadFile) else None for f in files]
+    if routing is None and archive is None:
+        expected = f"a file, as {ROUTING_PART} safetensors, or an archive as {ADAPTER_PART}"
+        raise _wrong_part(ROUTING_PART, "missing", expected)
+    return task, routing, archive
 
 
 def takes_registration() -> dict[str, Any]:
@@ -134,19 +145,28 @@ def takes_registration() -> dict[str, Any]:
     text = {"type": "string", "contentMediaType": JSON}
     form = {
         "type": "object",
-        "required": [TASK_PART, FILE_PART],
+        "oneOf": [{"required": [TASK_PART, part]} for part in (ROUTING_PART, ADAPTER_PART)],
         "additionalProperties": False,
-        "properties": {TASK_PART: text, FILE_PART: binary},
+        "properties": {TASK_PART: text, ROUTING_PART: binary, ADAPTER_PART: binary},
     }
     described["requestBody"]["content"][MULTIPART] = {"schema": form}
     return described
 
 
-def read_private(text: str, inventory: Inventory) -> PrivateAdapter:
+def read_archive(data: bytes, inventory: Inventory, settings: Settings) -> PrivateAdapter:
+    """The LoRA of a PEFT folder. Raises `BadArchive`, `ArchiveTooLarge`, `PrivateAdapterError`."""
+    files = read_folder(data, (CONFIG_FILE, WEIGHTS_FILE), settings.max_unpacked_bytes)
+    modules = inventory.header.modules
+    return read_peft_lora(
+        files[CONFIG_FILE], files[WEIGHTS_FILE], modules, settings.max_adapter_rank
+    )
+
+
+def read_private(text: str, inventory: Inventory, max_rank: int) -> PrivateAdapter:
     """Raises `InvalidValue` and `PrivateAdapterError`, with paths from the body's root."""
     data = from_base64("private_adapter.safetensors", text)
     try:
-        return PrivateAdapter.from_safetensors(data, inventory.header.modules)
+        return PrivateAdapter.from_safetensors(data, inventory.header.modules, max_rank)
     except PrivateAdapterError as exc:
         if exc.field.startswith("private_adapter"):
             raise

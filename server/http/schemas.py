@@ -294,7 +294,8 @@ class TaskBody(TaskFields):
     """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`
     and, in `POST` only, `examples`.
 
-    In a multipart form the routing is the file of the part `routing` instead.
+    In a multipart form the numbers are a file instead: a routing's as the part `routing`, or an
+    archive (tar, tar.gz, zip) of a PEFT LoRA's folder as the part `private_adapter`.
     """
 
     id: TaskId | None = None

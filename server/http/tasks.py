@@ -159,7 +159,7 @@ def _create(service: Service, registered: Registration, by: str | None) -> Task:
     if body.id is None:
         raise InvalidValue.of("id", "missing", found="nothing", expected="a task id")
     fields = {**given_fields(body, service.settings), "by": by}
-    content = registered.content(service.inventory)
+    content = registered.content(service.inventory, service.settings)
     if content is not None:
         precision = registered.precision
         return service.registry.create(body.id, content, **fields, precision=precision)
@@ -187,7 +187,7 @@ def _replace(
             found=shown(body.examples),
             expected=f"POST /tasks/{task_id}/fit, which fits a task that exists",
         )
-    content = registered.content(service.inventory)
+    content = registered.content(service.inventory, service.settings)
     if content is None:
         name = str(body.copy_of)
         source, content = _from_source(name, lambda: service.registry.load(name))

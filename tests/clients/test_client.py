@@ -1,10 +1,14 @@
 """The clients against a real server."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from live_server import CONTEXT, TASKS, LiveServer
+from safetensors.torch import save_file
 
 from polyhead.clients import (
     ConflictError,
@@ -110,6 +114,32 @@ def test_a_task_lives_through_the_client(client: Any) -> None:
     with pytest.raises(NotFoundError):
         client.tasks.get("other")
     assert client.tasks.similar("mine", limit=2)[0].id in TASKS
+
+
+def test_a_peft_folder_is_sent_as_it_lies_there(client: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {
+        f"base_model.model.model.layers.0.self_attn.q_proj.{name}.weight": 0.3
+        * torch.randn(shape, generator=generator)
+        for name, shape in (("lora_A", (2, 64)), ("lora_B", (64, 2)))
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 40}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "README.md").write_text("not sent")
+    asked: dict[str, Any] = {"prompt": "hello", "max_tokens": 8, "ignore_eos": True}
+    made = client.tasks.create("own", private_adapter=tmp_path, metadata={"a": 1})
+    assert (made.kind, made.metadata) == ("private", {"a": 1})
+    first = client.generate("own", **asked).text
+    assert first != client.generate("base", **asked).text
+    config["lora_alpha"] = 0
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    replaced = client.tasks.replace("own", private_adapter=str(tmp_path), if_match=made.generation)
+    assert replaced.generation != made.generation
+    assert client.generate("own", **asked).text == client.generate("base", **asked).text
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        client.tasks.create("other", private_adapter=tmp_path)
 
 
 def test_lists_turn_their_pages(client: Any) -> None:

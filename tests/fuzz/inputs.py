@@ -15,6 +15,8 @@ with atheris.instrument_imports(
         "polyhead.adapters.tensor_files",
         "polyhead.adapters.routing",
         "polyhead.adapters.private",
+        "polyhead.adapters.peft_lora",
+        "polyhead.server.http.folders",
         "polyhead.server.http.checks",
         "polyhead.server.http.bodies",
         "polyhead.server.http.schemas",
@@ -26,18 +28,33 @@ with atheris.instrument_imports(
 
     from polyhead.adapters.errors import PrivateAdapterError, RoutingError
     from polyhead.adapters.inventory import ModuleShape
+    from polyhead.adapters.peft_lora import read_peft_lora
     from polyhead.adapters.private import PrivateAdapter
     from polyhead.adapters.routing import Layout, Routing
     from polyhead.server.http.bodies import parsed
     from polyhead.server.http.checks import from_base64
-    from polyhead.server.http.errors import BodyTooComplex, InvalidValue
+    from polyhead.server.http.errors import (
+        ArchiveTooLarge,
+        BadArchive,
+        BodyTooComplex,
+        InvalidValue,
+    )
+    from polyhead.server.http.folders import read_folder
     from polyhead.server.http.problems import problem_response
     from polyhead.server.http.schemas import EditBody, GenerateBody, TaskBody
     from polyhead.server.http.templates import filled, filled_length
 
 MODULES = [ModuleShape(name="a", in_features=4, out_features=6)]
 LAYOUT = Layout(("h.0.a", "h.1.b"), heads=2, skills=3)
-REFUSALS = (RoutingError, PrivateAdapterError, InvalidValue, ValidationError, BodyTooComplex)
+REFUSALS = (
+    RoutingError,
+    PrivateAdapterError,
+    InvalidValue,
+    ValidationError,
+    BodyTooComplex,
+    BadArchive,
+    ArchiveTooLarge,
+)
 MAX_REFUSAL = 64 << 10
 
 
@@ -77,7 +94,27 @@ def template(data: bytes) -> None:
         assert found == value.join(checked.split("{input}"))
 
 
-TARGETS: list[Callable[[bytes], None]] = [routing, private, base64, nested, body, template]
+def archive(data: bytes) -> None:
+    found = read_folder(data, ("a", "b"), 1 << 16)
+    assert set(found) == {"a", "b"}
+    assert sum(map(len, found.values())) <= 1 << 16
+
+
+def peft(data: bytes) -> None:
+    config, _, weights = data.partition(b"\0\0\0\0")
+    read_peft_lora(config, weights, MODULES)
+
+
+TARGETS: list[Callable[[bytes], None]] = [
+    routing,
+    private,
+    base64,
+    nested,
+    body,
+    template,
+    archive,
+    peft,
+]
 
 
 def one(data: bytes) -> None:

@@ -1,11 +1,14 @@
 """No tensor, body or template of a client crashes, hangs or fills the memory: see `inputs`."""
 
+import io
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +41,22 @@ def file(tensors: dict[str, list[int]], metadata: dict[str, str] | None = None) 
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
+def archive(form: str) -> bytes:
+    """The files a and b in a folder."""
+    out = io.BytesIO()
+    if form == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name in ("x/a", "x/b"):
+                zipped.writestr(name, bytes(100))
+        return out.getvalue()
+    with tarfile.open(fileobj=out, mode="w:gz" if form == "tar.gz" else "w") as tar:
+        for name in ("x/a", "x/b"):
+            info = tarfile.TarInfo(name)
+            info.size = 100
+            tar.addfile(info, io.BytesIO(bytes(100)))
+    return out.getvalue()[:4096]
+
+
 SEEDS = [
     b"\0" + file({"logits": [2, 2, 3]}),
     b"\0" + file({"logits": [2, 3]}, {"granularity": "model"}),
@@ -48,6 +67,11 @@ SEEDS = [
     b'\4{"task": "a", "prompt": "x", "stop": ["y"], "mixture": {"a": 1}}',
     b'\4{"id": "a", "examples": [{"input": "x", "output": "y"}], "metadata": {"k": 1}} ',
     b"\5a {input} b {{input}} {0.x} {% if %}\0value {input}",
+    b"\6" + archive("tar"),
+    b"\6" + archive("tar.gz"),
+    b"\6" + archive("zip"),
+    b'\7{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"a": 1}}\0\0\0\0'
+    + file({f"base_model.model.a.lora_{x}.weight": [2, 4] if x == "A" else [6, 2] for x in "AB"}),
 ]
 
 
