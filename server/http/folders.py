@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import IO
 
 from polyhead.server.http.errors import ArchiveTooLarge, BadArchive, shown
 
@@ -95,7 +96,7 @@ class Checked:
 class Bounded(io.RawIOBase):
     """A stream of which at most `most` bytes are read, whatever the archive says of itself."""
 
-    def __init__(self, stream: io.BufferedIOBase, most: int) -> None:
+    def __init__(self, stream: io.BufferedIOBase | IO[bytes], most: int) -> None:
         self._stream = stream
         self._left = most
 
