@@ -19,6 +19,7 @@ CallError               base; each kind is answered with one status
 ├── TokenRateExceeded   the key's tokens per minute are used up
 ├── TooManyAtOnce       as many of the key's calls run as may
 ├── GenerationFailed    the step that the request was part of raised
+├── ReplicaLost         the replica that had the call is gone
 ├── DeadlinePassed      the deadline came before an answer that has no partial form
 └── ClientGone          the client left before its answer; nobody reads this one
 """
@@ -169,6 +170,20 @@ class TooManyAtOnce(CallError):
 
 class GenerationFailed(CallError):
     """The step that the request was part of raised."""
+
+
+class ReplicaLost(CallError):
+    """The replica that had the call is gone. Only where several replicas stand behind a gateway."""
+
+    retry_after = 1.0
+
+    def __init__(self, repeatable: bool) -> None:
+        advice = (
+            "the call can be sent again"
+            if repeatable
+            else "whether it took effect is not known: look before sending it again"
+        )
+        super().__init__(f"the replica that had this call was lost; {advice}")
 
 
 class DeadlinePassed(CallError):
