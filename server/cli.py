@@ -5,21 +5,18 @@ Exit status: 0 done, 1 the work failed, 2 the command or a setting is wrong.
 """
 
 import gc
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from polyhead.server.commands.common import AsJson, fail, one_line_errors
+from polyhead.server.commands.common import AsJson, one_line_errors
 from polyhead.server.commands.evaluate import evaluate_command
 from polyhead.server.commands.fit import fit_command
+from polyhead.server.commands.flags import read, with_flags_of
 from polyhead.server.commands.keys import keys_app
+from polyhead.server.commands.scale import scale_command
 from polyhead.server.commands.tasks import tasks_app
 from polyhead.server.commands.train import train_command
 from polyhead.server.config import Settings
@@ -37,53 +34,11 @@ app.add_typer(tasks_app, name="tasks")
 app.command("train")(train_command)
 app.command("fit")(fit_command)
 app.command("eval")(evaluate_command)
-
-
-def _settings(flags: dict[str, Any]) -> Settings:
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as exc:
-        for error in exc.errors()[:-1]:
-            typer.echo(f"error: {_setting_error(error)}", err=True)
-        fail(_setting_error(exc.errors()[-1]), 2)
-
-
-def _setting_error(error: Any) -> str:
-    name = str(error["loc"][0])
-    if error["type"] == "missing":
-        return f"--{name.replace('_', '-')} (or {_variable(name)}) is needed"
-    return f"--{name.replace('_', '-')}: {error['msg']}, found {error['input']!r}"
-
-
-def _variable(name: str) -> str:
-    return f"{Settings.model_config.get('env_prefix', '')}{name.upper()}"
-
-
-def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    help_text = field.description or name.replace("_", " ").capitalize()
-    if field.default not in (None, PydanticUndefined):
-        help_text += f" [default: {field.default}]"
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[field.annotation | None, typer.Option(help=help_text)],  # type: ignore[operator, unused-ignore]
-    )
-
-
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` one flag for every field of `Settings`, besides its own parameters.
-
-    A flag that is not given stays out of the way of the environment and of the default.
-    """
-    flags = [_flag(name, field) for name, field in Settings.model_fields.items()]
-    own = list(inspect.signature(command).parameters.values())[:-1]
-    command.__signature__ = inspect.Signature(flags + own)  # type: ignore[attr-defined]
-    return command
+app.command("scale")(scale_command)
 
 
 @app.command()
-@_with_settings
+@with_flags_of(Settings)
 def serve(
     *,
     print_config: Annotated[
@@ -95,7 +50,7 @@ def serve(
 
     Every flag may stand in the environment instead: --max-running is POLYHEAD_MAX_RUNNING.
     """
-    settings = _settings(flags)
+    settings = read(Settings, flags)
     if print_config:
         typer.echo(settings.model_dump_json(indent=2))
         return

@@ -89,7 +89,8 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     from polyhead.server.config import Settings
-    from polyhead.server.scale.deployment import APPLICATION, Scale, deploy
+    from polyhead.server.scale.deployment import APPLICATION, deploy
+    from polyhead.server.scale.size import Scale
 
     say = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints is not for the test

@@ -2,7 +2,8 @@
 
 Rendezvous hashing (Thaler and Ravishankar, 1998) with bounded loads (Mirrokni et al., 2016): every
 gateway ranks the replicas alike without talking to the others, and a replica that comes or goes
-moves only the tasks for which it is the first.
+moves only the tasks for which it is the first. A task with more calls than one replica can take
+spreads over the next ones of its order, as far as it has to.
 """
 
 import hashlib
@@ -33,10 +34,9 @@ def choose(
         return [replicas] if replicas else []
     if not key:
         return [(draw or random).sample(replicas, 2), replicas]
-    first, second, *_ = ranked(key, replicas)
     bound = SHARE * sum(loads.values()) / len(loads) + SLACK
-    warm = [first] if loads[first] < bound else [first, second]
-    return [warm, replicas]
+    order = ranked(key, replicas)
+    return [[next(replica for replica in order if loads[replica] < bound)], replicas]
 
 
 def _weight(key: str, replica: str) -> bytes:

@@ -1,9 +1,8 @@
 """What is deployed: gateways that listen and replicas that answer, and how many of each."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
 from ray import serve
 from ray.serve.config import (
     AutoscalingConfig,
@@ -17,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from polyhead.server.config import Settings
 from polyhead.server.scale.gateway import Gateway
 from polyhead.server.scale.replica import Replica
+from polyhead.server.scale.size import Scale
 
 APPLICATION = "polyhead"
 ROUTER = "polyhead.server.scale.router.TaskRouter"
@@ -29,35 +29,9 @@ QUIET = LoggingConfig(enable_access_log=False)
 """The replicas log every request themselves."""
 
 
-class Scale(BaseModel, frozen=True):
-    """How many replicas, and what each takes of its machine."""
-
-    min_replicas: int = Field(1, ge=1, description="Replicas that always run")
-    max_replicas: int = Field(1, ge=1, description="Replicas at the highest load")
-    gateways: int = Field(1, ge=1, description="Processes that take calls in")
-    cpus: float = Field(1.0, gt=0, description="Cores of a replica, as Ray counts them")
-    gpus: float = Field(0.0, ge=0, description="GPUs of a replica")
-    listen: Literal["head", "every"] = Field(
-        "head", description="Machines that listen on the port; every is for a balancer in front"
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Scale":
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}, expected at least min_replicas, "
-                f"{self.min_replicas}"
-            )
-        return self
-
-
 def application(settings: Settings, scale: Scale) -> serve.Application:
     """The Serve application. Raises `ValueError` where replicas would not share a registry."""
-    if scale.max_replicas > 1 and settings.database_url is None:
-        raise ValueError(
-            "database_url: None, expected a PostgreSQL that all replicas share; in SQLite each "
-            "would have tasks of its own"
-        )
+    scale.check(settings)
     replicas = _replicas(settings, scale).bind(settings.model_dump(mode="json"))
     gateway: Any = serve.deployment(
         Gateway,

@@ -3,6 +3,7 @@ and a machine that is lost amid answers."""
 
 import concurrent.futures
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,6 @@ def test_a_refusal_passes_through_unchanged(cluster: RayCluster) -> None:
 
 def test_a_lost_machine_breaks_no_answer_silently(cluster: RayCluster) -> None:
     """Streams end whole, or with an error in them; what has not begun is answered elsewhere."""
-    import threading
 
     right = {name: whole(cluster, name, LONG)[1] for name in TASKS}
     started = threading.Semaphore(0)
@@ -128,7 +128,6 @@ def test_a_lost_machine_breaks_no_answer_silently(cluster: RayCluster) -> None:
 
 
 def test_taking_the_application_down_finishes_what_runs(cluster: RayCluster) -> None:
-    import threading
 
     started = threading.Semaphore(0)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -35,11 +35,20 @@ def test_a_lost_replica_moves_only_its_own_tasks() -> None:
     assert {home(key, left)[0] for key in moved} == set(left)
 
 
-def test_a_busy_home_shares_with_the_tasks_second() -> None:
-    first, second, *_ = ranked("task-1", REPLICAS)
+def test_a_busy_task_spreads_over_the_next_of_its_order() -> None:
+    first, second, third, *_ = ranked("task-1", REPLICAS)
     assert home("task-1", {**IDLE, first: SLACK}) == [first]
-    assert home("task-1", {**IDLE, first: 50}) == [first, second]
+    assert home("task-1", {**IDLE, first: 50}) == [second]
+    assert home("task-1", {**IDLE, first: 50, second: 50}) == [third]
     assert home("task-1", dict.fromkeys(REPLICAS, 50)) == [first]
+
+
+def test_one_task_alone_can_use_every_replica() -> None:
+    loads = dict(IDLE)
+    for _ in range(200):
+        loads[home("task-1", loads)[0]] += 1
+    assert max(loads.values()) <= 200 / len(loads) * 1.25 + SLACK + 1
+    assert min(loads.values()) > 0
 
 
 def test_whoever_has_no_task_gets_two_drawn_ones() -> None:
