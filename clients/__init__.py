@@ -22,7 +22,7 @@ from polyhead.clients.errors import (
     UnprocessableError,
     UnreadableAnswerError,
 )
-from polyhead.clients.models import Generated, Job, Piece, Point, Scored, Task
+from polyhead.clients.models import Generated, Job, Piece, Point, Scored, Task, Version
 from polyhead.clients.routing import Routing
 
 __all__ = [
@@ -53,4 +53,5 @@ __all__ = [
     "UnavailableError",
     "UnprocessableError",
     "UnreadableAnswerError",
+    "Version",
 ]

@@ -124,6 +124,19 @@ class TaskPage(Answer):
     next: str | None
 
 
+class Version(Task):
+    """What a task is (`ended` is None) or was until then."""
+
+    ended: Literal["replaced", "deleted"] | None
+    ended_at: datetime | None
+
+
+class History(Answer):
+    """The answer of `tasks.history`, newest first."""
+
+    versions: list[Version]
+
+
 class Neighbour(Answer):
     """A task with a similar routing."""
 

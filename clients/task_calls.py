@@ -11,7 +11,16 @@ from polyhead.clients.asking import Example, FitOptions, Sampling
 from polyhead.clients.call import Call, Page, Reply, answer, nothing, parse
 from polyhead.clients.calls import given, routing_body
 from polyhead.clients.folders import packed
-from polyhead.clients.models import Job, Neighbour, Scalar, Similar, Task, TaskPage
+from polyhead.clients.models import (
+    History,
+    Job,
+    Neighbour,
+    Scalar,
+    Similar,
+    Task,
+    TaskPage,
+    Version,
+)
 from polyhead.clients.routing import Routing
 
 PrivateAdapter = bytes | str | Path
@@ -128,6 +137,26 @@ def update(
 def delete(id: str, *, if_match: str | None = None) -> Call[None]:
     """Remove a task; requests that run on it finish."""
     return Call("DELETE", _path(id), nothing, headers=_tag(if_match))
+
+
+def history(id: str) -> Call[list[Version]]:
+    """What the task is and was, newest first; also of a task that was deleted a while ago."""
+
+    def read(reply: Reply) -> list[Version]:
+        return parse(History, reply.content).versions
+
+    return Call("GET", f"{_path(id)}/history", read, repeatable=True)
+
+
+def rollback(id: str, generation: str, *, if_match: str | None = None) -> Call[Task]:
+    """Make the task what it was at `generation`, one of its history's."""
+    body = {"generation": generation}
+    return _changing("POST", f"{_path(id)}/rollback", if_match, body=body)
+
+
+def restore(id: str) -> Call[Task]:
+    """Bring a deleted task back, as long as the server keeps it."""
+    return Call("POST", f"{_path(id)}/restore", answer(Task))
 
 
 def routing(id: str) -> Call[Routing]:

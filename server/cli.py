@@ -15,6 +15,7 @@ from polyhead.server.commands.common import AsJson, one_line_errors
 from polyhead.server.commands.evaluate import evaluate_command
 from polyhead.server.commands.fit import fit_command
 from polyhead.server.commands.flags import read, with_flags_of
+from polyhead.server.commands.generate import generate_command
 from polyhead.server.commands.keys import keys_app
 from polyhead.server.commands.scale import scale_command
 from polyhead.server.commands.tasks import tasks_app
@@ -34,6 +35,7 @@ app.add_typer(tasks_app, name="tasks")
 app.command("train")(train_command)
 app.command("fit")(fit_command)
 app.command("eval")(evaluate_command)
+app.command("generate")(generate_command)
 app.command("scale")(scale_command)
 
 

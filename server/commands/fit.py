@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polyhead.server.commands.common import AsJson, fail, load_for_fitting, one_line_errors
+from polyhead.server.commands.served_tasks import unescaped
 
 if TYPE_CHECKING:
     from polyhead.adapters.inventory import Inventory
@@ -91,21 +92,13 @@ def _read_tasks(
         chosen = FitOptions(**options)
     except ConfigError as exc:
         fail(f"--{exc.field.replace('_', '-')}{str(exc).removeprefix(exc.field)}", 2)
-    form = DEFAULT_TEMPLATE if template is None else _unescaped(template)
+    form = DEFAULT_TEMPLATE if template is None else unescaped(template)
     found = by_task(read_examples(path, name))
     if name is not None:
         found = {own: examples for own, examples in found.items() if own == name}
         if not found:
             fail(f"{path}: no examples of the task {name!r}", 1)
     return [FitTask(own, tuple(examples), form, chosen) for own, examples in found.items()]
-
-
-def _unescaped(template: str) -> str:
-    """A shell cannot write a new line as handily as JSON can."""
-    try:
-        return str(json.loads(f'"{template}"', strict=False))
-    except json.JSONDecodeError as exc:
-        fail(f"--template: not text with JSON's escapes: {exc.msg}; found {template!r}", 2)
 
 
 def _fit(

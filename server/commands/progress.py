@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -10,8 +10,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 if TYPE_CHECKING:
     from polyhead.adapters.training.fewshot import FitProgress
 
-
 Item = TypeVar("Item")
+
+
+class Stage(Protocol):
+    """How far a fit is, told by the method itself or by a server."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def loss(self) -> float | None: ...
+    @property
+    def score(self) -> float | None: ...
 
 
 def bar(items: Sequence[Item], name: Callable[[Item], str]) -> Iterator[Item]:
@@ -51,13 +63,15 @@ class FitBars:
 
     def report(self, progress: "FitProgress") -> None:
         """Move a task's bar to its step, with the loss and the last held-out score."""
-        key = (progress.task, progress.method)
-        told = f"loss {progress.loss:.3f}"
-        if progress.score is not None:
-            told += f", held out {progress.score:.2f}"
-        if key not in self._bars:
-            name = f"{progress.task} ({progress.method})"
-            self._bars[key] = self._progress.add_task(name, total=progress.steps, told=told)
-        self._progress.update(
-            self._bars[key], completed=progress.step, total=progress.steps, told=told
-        )
+        self.show(progress.task, progress.method, progress)
+
+    def show(self, task: str, method: str, at: Stage) -> None:
+        """Move the bar of this task and method."""
+        told = "no loss yet" if at.loss is None else f"loss {at.loss:.3f}"
+        if at.score is not None:
+            told += f", held out {at.score:.2f}"
+        if (task, method) not in self._bars:
+            name = f"{task} ({method})"
+            self._bars[task, method] = self._progress.add_task(name, total=at.steps, told=told)
+        bar = self._bars[task, method]
+        self._progress.update(bar, completed=at.step, total=at.steps, told=told)

@@ -120,7 +120,7 @@ def test_a_fit_is_run_by_one_server_and_taken_over_when_that_dies(
 ) -> None:
     url = postgresql.new_database()
     examples = [{"input": f"n{number}", "output": "ab"[number % 2]} for number in range(8)]
-    fit = {"method": "z", "steps": 400, "holdout": 0.25, "seed": 3}
+    fit = {"method": "z", "steps": 4000, "holdout": 0.25, "seed": 3}
     changes: dict[str, Any] = {"database_url": url, "max_fit_tokens": 64}
     with server_process(model_folder, tmp_path / "one", **changes) as one:
         body = {"id": "fitted", "examples": examples, "fit": fit}
