@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.adapters import ops
-from polyhead.adapters.compiled import CompiledStep, Hidden
+from polyhead.adapters.compiled import CompiledStep, FactorTable, Hidden
 from polyhead.adapters.errors import PlanError
 from polyhead.adapters.private import PrivateAdapter
 
@@ -22,7 +22,21 @@ class RoutedTask:
     weights: Tensor  # [M, H, S] float32, rows sum to 1
 
 
-Adapter = RoutedTask | PrivateAdapter | None
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """A private adapter laid out for the layers, on their device (`Planner.prepare`)."""
+
+    key: str  # the adapter's fingerprint
+    factors: Sequence[ops.Factors | None]  # by group
+    table: FactorTable | None = None  # of the factors, where kernels read them
+    hold: object = None  # goes with this object: what the memory is accounted by
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.factors if f is not None)
+
+
+Adapter = RoutedTask | PrivateAdapter | PreparedAdapter | None
 """What answers one row of a batch; None is the bare backbone."""
 
 Tokens = slice | Tensor
@@ -33,7 +47,7 @@ def adapter_key(adapter: Adapter) -> str:
     """Equal for adapters that compute the same function; empty for the bare backbone."""
     if adapter is None:
         return ""
-    return adapter.key if isinstance(adapter, RoutedTask) else adapter.fingerprint
+    return adapter.fingerprint if isinstance(adapter, PrivateAdapter) else adapter.key
 
 
 @dataclass(frozen=True, eq=False)

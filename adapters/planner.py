@@ -22,6 +22,7 @@ from polyhead.adapters.plan import (
     FactoredPart,
     GroupSlot,
     Plan,
+    PreparedAdapter,
     RoutedTask,
     Tokens,
     adapter_key,
@@ -37,7 +38,8 @@ more in separate products than they save in memory."""
 class Planner:
     """Chooses a form for every task of a step and gathers what the layers need.
 
-    Not thread-safe: it belongs to the thread that runs the model.
+    Not thread-safe: it belongs to the thread that runs the model. Only `prepare` may be called on
+    any other.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Planner:
         tokens: Counter[str] = Counter()
         for key, count in zip(keys, counts, strict=True):
             tokens[key] += count
-        private = [isinstance(adapter, PrivateAdapter) for adapter in adapters]
+        private = [isinstance(a, PrivateAdapter | PreparedAdapter) for a in adapters]
         return sorted(range(len(keys)), key=lambda i: (private[i], tokens[keys[i]], keys[i]))
 
     def build(self, adapters: Sequence[Adapter], counts: Sequence[int]) -> Plan:
@@ -92,7 +94,9 @@ class Planner:
         resident = self._factors.keys()
         available = resident | self._renting.due(self.costs, routed, resident)
         combined = self.costs.choose_combined(routed, available)
-        combined |= {k for k, a in distinct.items() if isinstance(a, PrivateAdapter)}
+        combined |= {
+            k for k, a in distinct.items() if isinstance(a, PrivateAdapter | PreparedAdapter)
+        }
         factored = sorted(p for k in routed.keys() - combined for p in places[k])
         own = {k: places[k] for k in distinct if k in combined}
         parts = [
@@ -102,17 +106,29 @@ class Planner:
         self._evict(keep=combined)
         plan = Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
         if self._compiled and (plan.factored is not None or parts):
-            plan.compiled = self._compiled_step(plan, own)
+            plan.compiled = self._compiled_step(plan, own, distinct)
         if plan.factored is not None:
             self._on_board = plan
         return plan
 
-    def _compiled_step(self, plan: Plan, places: dict[str, list[int]]) -> CompiledStep:
+    def prepare(self, adapter: PrivateAdapter) -> PreparedAdapter:
+        """Lay an adapter out for the layers, so that no step has to."""
+        factors = self._build_factors(adapter)
+        return PreparedAdapter(adapter.fingerprint, factors, self._table(factors))
+
+    def _compiled_step(
+        self, plan: Plan, places: dict[str, list[int]], adapters: dict[str, Adapter]
+    ) -> CompiledStep:
         part = plan.factored
         factored = None
         if part is not None:
             factored = CompiledFactored.of(part.tokens, part.weights, part.pieces)
-        tables = [self._tables[key] for key in places]
+        tables = [
+            own.table
+            if isinstance(own := adapters[key], PreparedAdapter) and own.table
+            else self._tables[key]
+            for key in places
+        ]
         positions = list(places.values())
         combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
         return CompiledStep(factored, combined)
@@ -134,16 +150,22 @@ class Planner:
         return FactoredPart(_tokens(positions, self._device), weights, pieces)
 
     def _resident(self, key: str, adapter: Adapter) -> Sequence[ops.Factors | None]:
+        if isinstance(adapter, PreparedAdapter):
+            return adapter.factors
         factors = self._factors.get(key)
         if factors is None:
             factors = self._build_factors(adapter)
             self._factors[key] = factors
             self._factor_bytes += _nbytes(factors)
-            if self._compiled:
-                sizes = [slot.group.size for slot in self._slots]
-                self._tables[key] = FactorTable.of(factors, sizes)
+            table = self._table(factors)
+            if table is not None:
+                self._tables[key] = table
         self._factors.move_to_end(key)
         return factors
+
+    def _table(self, factors: Sequence[ops.Factors | None]) -> FactorTable | None:
+        sizes = [slot.group.size for slot in self._slots]
+        return FactorTable.of(factors, sizes) if self._compiled else None
 
     def _build_factors(self, adapter: Adapter) -> Sequence[ops.Factors | None]:
         if isinstance(adapter, RoutedTask):

@@ -26,6 +26,7 @@ from rich.progress import track
 from benchmarks import timing
 from benchmarks.serving import Served, serving
 from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.plan import PreparedAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.tasks import store
 from polyhead.server.tasks.catalogue import Catalogue
@@ -33,6 +34,7 @@ from polyhead.server.tasks.change import Change
 from polyhead.server.tasks.generations import first_generation
 from polyhead.server.tasks.options import Options
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 
 BATCH = 1000
 CACHE = 64 << 20
@@ -129,7 +131,8 @@ def _lookups(folder: Path, inventory: Inventory, count: int, tasks: int) -> list
         registry.seed(inventory)
         registry.purge()
         opened = time.perf_counter() - began
-        catalogue = Catalogue(registry, inventory.layout, CACHE)
+        slots = Slots(lambda adapter: PreparedAdapter(adapter.fingerprint, []))
+        catalogue = Catalogue(registry, inventory.layout, slots, CACHE)
         picks = random.Random(0).sample(range(tasks), min(count, tasks))
         for number in picks[:100]:
             catalogue.resolve(f"task-{number:06}")

@@ -94,6 +94,16 @@ class Settings(BaseSettings):
     task_cache_bytes: int = Field(
         512 << 20, ge=1 << 20, description="Bytes of tasks kept resident; others wait on disk"
     )
+    private_cache_bytes: int = Field(
+        256 << 20,
+        ge=1024,
+        description="Bytes of private adapters resident at the same time; others wait on disk",
+    )
+    private_wait_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="How long a request waits for room for its private adapter before 503",
+    )
     fit_share: float = Field(
         0.3, gt=0, le=1, description="Share of the time a fit may compute while requests run"
     )

@@ -25,7 +25,8 @@ from transformers import (
 
 from polyhead.adapters.inject import Injection, find_modules
 from polyhead.adapters.inventory import BackboneRef, Inventory
-from polyhead.adapters.plan import Adapter, RoutedTask
+from polyhead.adapters.ops import Factors
+from polyhead.adapters.plan import Adapter, PreparedAdapter, RoutedTask
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
@@ -111,6 +112,12 @@ def random_private(
     a = {m.name: torch.randn(m.in_features, rank, generator=generator) * std for m in modules}
     b = {m.name: torch.randn(rank, m.out_features, generator=generator) * std for m in modules}
     return PrivateAdapter.checked(a, b, inventory.header.modules)
+
+
+def plain_prepare(adapter: PrivateAdapter) -> PreparedAdapter:
+    """As a planner of one group for each module would lay it out."""
+    factors = [Factors(adapter.a[name], (adapter.b[name],)) for name in adapter.a]
+    return PreparedAdapter(adapter.fingerprint, factors)
 
 
 def save_backbone(model: PreTrainedModel, folder: Path) -> Path:
@@ -199,7 +206,7 @@ def merged(model: PreTrainedModel, inventory: Inventory, adapter: Adapter) -> Pr
 def _delta(inventory: Inventory, adapter: Adapter, m: int, name: str) -> torch.Tensor | None:
     if isinstance(adapter, PrivateAdapter):
         return adapter.a[name] @ adapter.b[name] if name in adapter.a else None
-    if adapter is None:
+    if adapter is None or isinstance(adapter, PreparedAdapter):
         return None
     heads = list(zip(adapter.weights[m], inventory.a[name], inventory.b[name], strict=True))
     a = torch.cat([sum(w * a for w, a in zip(ws, skills, strict=True)) for ws, skills, _ in heads])

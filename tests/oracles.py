@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.inventory import Inventory
-from polyhead.adapters.plan import Adapter, RoutedTask
+from polyhead.adapters.plan import Adapter, PreparedAdapter, RoutedTask
 from polyhead.adapters.private import PrivateAdapter
 
 FACTORED = FormCosts(0.0, 0.0, combined_task=1.0, combined_token=1.0, fold=0.0)
@@ -23,6 +23,7 @@ def deltas(inventory: Inventory, adapter: Adapter) -> dict[str, Tensor]:
     """What an adapter adds to each module's `[I, O]` weight, in float64, by the definition."""
     if adapter is None:
         return {}
+    assert not isinstance(adapter, PreparedAdapter), "give the adapter that it was made of"
     if isinstance(adapter, PrivateAdapter):
         return {name: adapter.a[name].double() @ adapter.b[name].double() for name in adapter.a}
     return {

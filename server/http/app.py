@@ -42,12 +42,14 @@ from polyhead.server.http.openai import router as openai
 from polyhead.server.http.openai.errors import error_body
 from polyhead.server.http.openai.schemas import ChatBody, CompletionBody
 from polyhead.server.http.request_ids import RequestIds
+from polyhead.server.http.room import Room
 from polyhead.server.http.schemas import EditBody, GenerateBody, ScoreBody, TaskBody
 from polyhead.server.http.service import Service
 from polyhead.server.metrics import Metrics
 from polyhead.server.tasks.catalogue import Catalogue
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 
 KEYS_SECONDS = 1.0
 """Between two looks at the keys file: how long a revoked key is good at most."""
@@ -159,7 +161,9 @@ def _service(
     callers: Callers,
 ) -> Service:
     embeddings: Any = loaded.model.get_input_embeddings()
-    catalogue = Catalogue(registry, loaded.inventory.layout, settings.task_cache_bytes)
+    slots = Slots(loaded.injection.planner.prepare, settings.private_cache_bytes)
+    layout = loaded.inventory.layout
+    catalogue = Catalogue(registry, layout, slots, settings.task_cache_bytes)
     admission = Admission(
         settings=settings,
         tokenizer=loaded.tokenizer,
@@ -170,6 +174,7 @@ def _service(
     )
     engine = loaded.engine(bridge.publish, bridge.died)
     board, job_list = Board(), Jobs(registry, settings.max_fit_jobs)
+    pool = Pool()
     return Service(
         settings=settings,
         engine=engine,
@@ -190,7 +195,9 @@ def _service(
         admission=admission,
         callers=callers,
         metrics=metrics,
-        pool=Pool(),
+        pool=pool,
+        slots=slots,
+        room=Room(pool, slots, settings.private_wait_seconds, settings.max_waiting),
     )
 
 

@@ -40,7 +40,7 @@ async def generate(
 ) -> Response:
     """Continue a prompt with one task's adapter, as one answer or as server-sent events."""
     admission = service.admission
-    admitted = await service.pool.run(admission.generate, body, request_id(request))
+    admitted = await service.room.run(admission.generate, body, request_id(request))
     ask = service.bridge.ask(service.engine, admitted)
     if body.stream:
         return EventStream(ask, StreamEncoder(admitted, body.return_token_ids, service.tokenizer))

@@ -89,6 +89,8 @@ KINDS: Mapping[type[Exception], Kind] = {
     tasks.JobEnded: Kind(409, "job_ended", "The job has ended"),
     tasks.JobTakenOver: Kind(409, "job_taken_over", "Another server runs the job"),
     tasks.TooManyJobs: Kind(503, "too_many_jobs", "The line of jobs is full"),
+    tasks.AdapterTooLarge: Kind(413, "adapter_too_large", "The private adapter is too large"),
+    tasks.SlotsBusy: Kind(503, "no_adapter_slot", "No room for the private adapter"),
     tasks.ArchiveError: INTERNAL,
     tasks.InventoryMismatch: INTERNAL,
     tasks.SchemaTooNew: INTERNAL,

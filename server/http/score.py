@@ -24,7 +24,7 @@ async def score(
     service: Annotated[Service, Depends(the_service)],
 ) -> Response:
     """Log-likelihood of each choice after the prompt, and the best by the mean per token."""
-    admitted = await service.pool.run(service.admission.score, body, request_id(request))
+    admitted = await service.room.run(service.admission.score, body, request_id(request))
 
     async def outputs() -> list[Output]:
         async with service.bridge.ask(service.engine, admitted) as answer:

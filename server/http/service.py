@@ -15,9 +15,11 @@ from polyhead.server.http.admission import Admission
 from polyhead.server.http.bodies import Pool
 from polyhead.server.http.bridge import ENGINE_STOPPED, Bridge
 from polyhead.server.http.callers import Callers
+from polyhead.server.http.room import Room
 from polyhead.server.metrics import Load, Metrics
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Service:
     callers: Callers
     metrics: Metrics
     pool: Pool
+    slots: Slots
+    room: Room
 
     def load(self) -> Load:
         """What the engine is doing now, for the gauges."""

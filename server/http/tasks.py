@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Query
 from starlette.responses import Response
 
+from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.http.bodies import json_body, takes
@@ -32,6 +33,7 @@ from polyhead.server.http.schemas import (
 )
 from polyhead.server.http.service import Service
 from polyhead.server.tasks.catalogue import BASE
+from polyhead.server.tasks.contents import Content
 from polyhead.server.tasks.errors import NotARouting, UnknownTask
 from polyhead.server.tasks.task import Task
 
@@ -154,12 +156,19 @@ async def similar(
     return SimilarAnswer(similar=[Neighbour(id=name, cosine=cosine) for name, cosine in found])
 
 
+def _content(service: Service, registered: Registration) -> Content | None:
+    content = registered.content(service.inventory, service.settings)
+    if isinstance(content, PrivateAdapter):
+        service.slots.check(content)
+    return content
+
+
 def _create(service: Service, registered: Registration, by: str | None) -> Task:
     body = registered.body
     if body.id is None:
         raise InvalidValue.of("id", "missing", found="nothing", expected="a task id")
     fields = {**given_fields(body, service.settings), "by": by}
-    content = registered.content(service.inventory, service.settings)
+    content = _content(service, registered)
     if content is not None:
         precision = registered.precision
         return service.registry.create(body.id, content, **fields, precision=precision)
@@ -187,7 +196,7 @@ def _replace(
             found=shown(body.examples),
             expected=f"POST /tasks/{task_id}/fit, which fits a task that exists",
         )
-    content = registered.content(service.inventory, service.settings)
+    content = _content(service, registered)
     if content is None:
         name = str(body.copy_of)
         source, content = _from_source(name, lambda: service.registry.load(name))

@@ -12,6 +12,7 @@ from polyhead.adapters.routing import Layout, Routing
 from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.tasks.heap import trim_heap
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 from polyhead.server.tasks.task import Task
 
 ROW_BYTES = 4096
@@ -58,36 +59,49 @@ BASE = ResolvedTask(
 """The bare backbone, which no registry holds."""
 
 
+@dataclass
+class Reading:
+    """Readers of one task that is not resident; a change meanwhile voids what they read."""
+
+    readers: int = 0
+    void: bool = False
+
+
 class Catalogue:
     """Resolves ids to what the engine runs, keeping the most recently used within `max_bytes`.
+    Private adapters lie in `slots`, which has a budget of its own.
 
     It follows the registry's changes: once a change has returned, the old generation is not
     resolved any more. Requests that hold a `ResolvedTask` keep its memory until they let go.
     Safe to call from any thread.
     """
 
-    def __init__(self, registry: Registry, layout: Layout, max_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self, registry: Registry, layout: Layout, slots: Slots, max_bytes: int = 512 << 20
+    ) -> None:
         self._registry = registry
         self._layout = layout
+        self.slots = slots
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._resident: OrderedDict[str, ResolvedTask] = OrderedDict()
         self._bytes = 0
         self._untrimmed = 0
-        self._loading: dict[str, object] = {}
+        self._loading: dict[str, Reading] = {}
         registry.subscribe(self._forget)
 
     @property
     def nbytes(self) -> int:
-        """Memory of everything resident, in bytes; at most `max_bytes`."""
+        """Memory of everything resident but private adapters, in bytes; at most `max_bytes`."""
         return self._bytes
 
     def __len__(self) -> int:
-        """How many tasks are resident."""
+        """How many tasks are resident beside those with private adapters."""
         return len(self._resident)
 
     def resolve(self, task_id: str) -> ResolvedTask:
-        """Raises `UnknownTask`, and `RegistryUnavailable` for a task that is not resident."""
+        """Raises `UnknownTask`, and `RegistryUnavailable` for a task that is not resident; for a
+        private adapter `SlotsBusy` and `AdapterTooLarge`."""
         if task_id == BASE_TASK:
             return BASE
         with self._lock:
@@ -95,28 +109,34 @@ class Catalogue:
             if resident is not None:
                 self._resident.move_to_end(task_id)
                 return resident
-            # What is read before a change must not be kept after it: `_forget` voids the ticket.
-            ticket = self._loading[task_id] = object()
+        private = self.slots.find(task_id)
+        if private is not None:
+            return ResolvedTask(*private)
+        with self._lock:
+            reading = self._loading.setdefault(task_id, Reading())
+            reading.readers += 1
         resolved = None
         try:
-            resolved = self._load(task_id)
+            resolved = self._load(task_id, reading)
         finally:
             with self._lock:
-                if self._loading.get(task_id) is ticket:
+                reading.readers -= 1
+                if not reading.readers and self._loading.get(task_id) is reading:
                     del self._loading[task_id]
-                    if resolved is not None:
-                        self._keep(resolved)
+                if resolved is not None and not reading.void:
+                    self._keep(resolved)
         self._trim_after(resolved.nbytes)
         return resolved
 
-    def _load(self, task_id: str) -> ResolvedTask:
+    def _load(self, task_id: str, reading: Reading) -> ResolvedTask:
         task, content = self._registry.load(task_id)
         if isinstance(content, Routing):
             return ResolvedTask(task, RoutedTask(task.generation, content.weights(self._layout)))
-        return ResolvedTask(task, content)
+        return ResolvedTask(*self.slots.put(task, content, lambda: not reading.void))
 
     def _keep(self, resolved: ResolvedTask) -> None:
-        if resolved.nbytes > self._max_bytes:
+        private = not isinstance(resolved.adapter, RoutedTask)
+        if private or resolved.task.id in self._resident or resolved.nbytes > self._max_bytes:
             return
         self._resident[resolved.task.id] = resolved
         self._bytes += resolved.nbytes
@@ -135,7 +155,10 @@ class Catalogue:
 
     def _forget(self, task_id: str) -> None:
         with self._lock:
-            self._loading.pop(task_id, None)
+            reading = self._loading.pop(task_id, None)
+            if reading is not None:
+                reading.void = True
             gone = self._resident.pop(task_id, None)
             if gone is not None:
                 self._bytes -= gone.nbytes
+        self.slots.forget(task_id)

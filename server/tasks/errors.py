@@ -9,6 +9,8 @@ RegistryError             base; carries the task id where there is one
 │   └── ReservedId        a valid id that Polyhead keeps for itself
 ├── InvalidCursor         a page was asked for with a cursor that `list` never gave
 ├── NotARouting           a private adapter was asked for its routing
+├── AdapterTooLarge       a private adapter alone exceeds the memory for all of them
+├── SlotsBusy             requests run with as many private adapters as memory holds
 ├── ArchiveError          a file that is not a registry's archive, or not this inventory's
 ├── InventoryMismatch     the stored tasks were made for another inventory
 ├── UnknownJob            no job has this id
@@ -97,6 +99,27 @@ class NotARouting(RegistryError):
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"task {task_id!r} is a private adapter, not a routing", task_id=task_id)
+
+
+class AdapterTooLarge(RegistryError):
+    """A private adapter alone exceeds the memory that is meant for all of them."""
+
+    def __init__(self, nbytes: int, budget: int) -> None:
+        super().__init__(
+            f"the private adapter takes {nbytes} bytes; all that are resident may take {budget}"
+        )
+
+
+class SlotsBusy(RegistryError):
+    """Requests run with as many private adapters as memory holds, for longer than was waited."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(
+            f"no room for the private adapter of task {task_id!r}: requests run with as many "
+            "others as memory holds",
+            task_id=task_id,
+        )
+        self.retry_after = 1.0
 
 
 class ArchiveError(RegistryError):

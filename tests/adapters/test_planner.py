@@ -19,10 +19,13 @@ from polyhead.adapters.inject import inject
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan, RoutedTask
 from polyhead.adapters.planner import Planner
+from polyhead.adapters.private import PrivateAdapter
+from polyhead.adapters.weight_board import WeightBoard
 
 HEADS, SKILLS, RANK = 4, 4, 3
 EXACT = 1e-5
 DIFFERENT = 0.1
+CPU = torch.device("cpu")
 
 
 @cache
@@ -241,3 +244,31 @@ class TestFactorCache:
         again = used.build(rows, counts)
         kept = zip(plan.combined, again.combined, strict=True)
         assert all(old.factors is new.factors for old, new in kept)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_prepared_adapter_is_the_one_it_was_made_of(compiled: bool) -> None:
+    used = planner()
+    if not compiled:
+        used._compiled = False
+        used._board = WeightBoard(HEADS, RANK, parts()[1][-1].columns.stop, used._order, CPU)
+    rows = [adapters()[1], *adapters()[-2:]]
+    prepared = [used.prepare(a) if isinstance(a, PrivateAdapter) else a for a in rows]
+    plain = outputs(used.build(rows, [2, 3, 1]))
+    for found, wanted in zip(outputs(used.build(prepared, [2, 3, 1])), plain, strict=True):
+        assert torch.equal(found, wanted)
+    turned = [prepared[0], prepared[2], prepared[1]]
+    others = outputs(used.build(turned, [2, 3, 1]))
+    assert (
+        max((found - wanted).abs().max() for found, wanted in zip(others, plain, strict=True))
+        > DIFFERENT
+    )
+
+
+def test_a_prepared_adapter_takes_none_of_the_planners_own_memory() -> None:
+    used = planner()
+    private = [a for a in adapters() if isinstance(a, PrivateAdapter)]
+    used.build([used.prepare(a) for a in private], [1] * len(private))
+    assert not used._factors
+    used.build(private, [1] * len(private))  # a control: one that nobody prepared is kept
+    assert len(used._factors) == len(private)

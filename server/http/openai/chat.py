@@ -23,7 +23,7 @@ async def chat(
     request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))], service: TheService
 ) -> Response:
     """Answer a conversation, in the backbone's chat template, with the task named as `model`."""
-    admitted = await service.pool.run(
+    admitted = await service.room.run(
         admit,
         service.admission,
         [body.asked()],

@@ -29,7 +29,7 @@ async def complete(
     service: TheService,
 ) -> Response:
     """Continue one or several prompts, seen exactly so, with the task named as `model`."""
-    admitted = await service.pool.run(_admit, service, body, request_id(request))
+    admitted = await service.room.run(_admit, service, body, request_id(request))
     writer = CompletionWriter(admitted, body, service)
     asked = [_asked(request, body) for request in admitted]
     return await answered(request, service, asked, writer, streamed=body.stream)

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from polyhead.adapters.plan import PreparedAdapter
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.server.http.problems import problem_of
 from polyhead.server.tasks.catalogue import Catalogue
 from polyhead.server.tasks.errors import StorageFull
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 
 LAYOUT = Layout(tuple(f"m.{block}.q" for block in range(100)), heads=8, skills=8)
 
@@ -43,7 +45,8 @@ def main(folder: Path) -> None:
     ballast = folder / "ballast"
     ballast.write_bytes(bytes(1 << 20))
     registry = Registry(folder / "data", "1" * 64, LAYOUT)
-    catalogue = Catalogue(registry, LAYOUT)
+    slots = Slots(lambda adapter: PreparedAdapter(adapter.fingerprint, []))
+    catalogue = Catalogue(registry, LAYOUT, slots)
     adapter = PrivateAdapter({"m.0.q": torch.randn(2048, 64)}, {"m.0.q": torch.randn(64, 8)})
     found: dict[str, Any] = {"private": fill(registry, "p", adapter)}
     found["routing"] = fill(registry, "r", Routing(torch.randn(LAYOUT.shape("module"))))

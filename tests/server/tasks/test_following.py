@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from factories import plain_prepare
 from postgres_server import PostgresServer
 
 from polyhead.adapters.routing import Layout, Routing
@@ -13,6 +14,7 @@ from polyhead.server.tasks.catalogue import Catalogue
 from polyhead.server.tasks.errors import RegistryUnavailable
 from polyhead.server.tasks.options import Options
 from polyhead.server.tasks.registry import Registry
+from polyhead.server.tasks.slots import Slots
 
 Make = Callable[..., Routing]
 Open = Callable[..., Registry]
@@ -31,7 +33,7 @@ def test_a_change_at_one_is_served_by_the_other(
     open_registry: Open, routing: Make, layout: Layout
 ) -> None:
     one, other = open_registry(), open_registry()
-    catalogue = Catalogue(other, layout)
+    catalogue = Catalogue(other, layout, Slots(plain_prepare))
     one.create("t", routing(1))
     stale = catalogue.resolve("t").task.generation
     new = one.replace("t", routing(2)).generation
@@ -40,7 +42,7 @@ def test_a_change_at_one_is_served_by_the_other(
     one.replace("t", routing(3))
     other.close()
     third = open_registry()
-    catalogue = Catalogue(third, layout)
+    catalogue = Catalogue(third, layout, Slots(plain_prepare))
     third.follow()
     assert catalogue.resolve("t").task.generation not in (stale, new)
     for seed in range(4, 14):
@@ -53,7 +55,7 @@ def test_a_lost_notification_is_healed_by_polling(
     open_registry: Open, routing: Make, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = open_registry(), open_registry(poll_seconds=0.3)
-    catalogue = Catalogue(other, layout)
+    catalogue = Catalogue(other, layout, Slots(plain_prepare))
     one.create("t", routing(1))
     catalogue.resolve("t")
     # What is listened to is not what is said: as if every notification were lost.
