@@ -13,6 +13,7 @@ COMMANDS = (
     "fit_lane",
     "fitting",
     "registry",
+    "private",
     "simulate",
     "lm_eval",
     "guidellm",

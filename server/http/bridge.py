@@ -12,6 +12,7 @@ from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.http.callers import Caller, the_caller
 from polyhead.server.http.errors import ClientGone, GenerationFailed, InvalidValue
 from polyhead.server.metrics import Metrics, Stopwatch
+from polyhead.server.tasks.slots import in_use
 
 T = TypeVar("T")
 
@@ -150,13 +151,14 @@ class Bridge:
         answer = Answer(request, engine, Stopwatch(self._metrics, request), caller)
         self._answers[request.id] = answer
         try:
-            engine.submit(request)
-            caller.charge(len(request.prompt) + sum(map(len, request.continuations)))
-            try:
-                yield answer
-            finally:
-                if not answer.complete:
-                    engine.abort(request.id)
+            with in_use(request.adapter):
+                engine.submit(request)
+                caller.charge(len(request.prompt) + sum(map(len, request.continuations)))
+                try:
+                    yield answer
+                finally:
+                    if not answer.complete:
+                        engine.abort(request.id)
         finally:
             del self._answers[request.id]
 

@@ -1,9 +1,11 @@
 """Where calls wait until there is room for their private adapter."""
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from polyhead.server.http.bodies import Pool
@@ -40,34 +42,33 @@ class Room:
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of `work(*args, **kwargs)`, or what it raises: `SlotsBusy` only after having
         waited."""
-        try:
+        with contextlib.suppress(SlotsBusy):
             return await self._pool.run(work, *args, **kwargs)
-        except SlotsBusy as exc:
-            if len(self._line) >= self._most:
-                raise
-            refusal = exc
+        if len(self._line) >= self._most:
+            return await self._pool.run(work, *args, **kwargs)
         turn = asyncio.Event()
         self._line.append(turn)
         self._wake()  # a slot may have been let go since, when nobody stood here
         try:
-            async with asyncio.timeout(self._seconds):
-                while True:
-                    await turn.wait()
-                    turn.clear()
-                    told = time.monotonic()
-                    try:
-                        found = await self._pool.run(work, *args, **kwargs)
-                    except SlotsBusy as exc:
-                        refusal = exc
-                    else:
-                        took = time.monotonic() - told
-                        self.longest_handover = max(self.longest_handover, took)
-                        return found
-        except TimeoutError:
-            raise refusal from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    return await self._in_turn(turn, partial(work, *args, **kwargs))
+            return await self._pool.run(work, *args, **kwargs)  # or the refusal
         finally:
             self._line.remove(turn)
             self._wake()  # there may be room for the next one too
+
+    async def _in_turn(self, turn: asyncio.Event, work: Callable[[], T]) -> T:
+        # No refusal is kept in a variable: its traceback would hold this frame, and with it what
+        # the work found, long after the call.
+        while True:
+            await turn.wait()
+            turn.clear()
+            told = time.monotonic()
+            with contextlib.suppress(SlotsBusy):
+                found = await self._pool.run(work)
+                self.longest_handover = max(self.longest_handover, time.monotonic() - told)
+                return found
 
     def _released(self) -> None:
         if not self._woken and not self._loop.is_closed():

@@ -3,9 +3,10 @@
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-from polyhead.adapters.plan import PreparedAdapter
+from polyhead.adapters.plan import Adapter, PreparedAdapter
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.tasks.errors import AdapterTooLarge, SlotsBusy
 from polyhead.server.tasks.task import Task
@@ -25,14 +26,39 @@ class Slot:
 
 
 class Hold:
-    """A pin that lasts as long as this object: the request that runs with the adapter has it."""
+    """A pin. It is given back when the last of those who entered it leaves, or else with this
+    object: a traceback can keep a request, and so its adapter, alive long after its answer."""
 
     def __init__(self, slot: Slot, let_go: Callable[[Slot], None]) -> None:
         self._slot = slot
         self._let_go = let_go
+        self._users = 0
+        self._pins = True
+
+    def __enter__(self) -> None:
+        self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._users -= 1
+        if not self._users:
+            self._release()
 
     def __del__(self) -> None:
-        self._let_go(self._slot)
+        self._release()
+
+    def _release(self) -> None:
+        if self._pins:
+            self._pins = False
+            self._let_go(self._slot)
+
+
+def in_use(adapter: Adapter) -> AbstractContextManager[None]:
+    """A block in which a request runs with `adapter`: after the last such block its slot is free.
+
+    All blocks of one hold are entered on one thread, the first before any is left.
+    """
+    hold = adapter.hold if isinstance(adapter, PreparedAdapter) else None
+    return hold if isinstance(hold, Hold) else nullcontext()
 
 
 class Slots:

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from factories import random_private
 from live_server import CONTEXT, LiveServer, serving, settings_for
+from safetensors.torch import save
 
 COUNT = 6
 RANK = 5
@@ -62,6 +65,39 @@ def test_more_adapters_than_slots_answer_as_each_does_alone(crowded: LiveServer)
     assert slots.evictions >= COUNT - 2
     crowded.eventually(lambda: slots.pinned == 0)
     assert crowded.service.room.waiting == 0
+
+
+def test_however_a_request_ends_its_slot_is_free(crowded: LiveServer) -> None:
+    """Without waiting for Python to look for garbage."""
+    modules = crowded.service.inventory.header.modules[:1]
+    huge = {f"{m.name}.A": torch.full((m.in_features, 1), 3e38) for m in modules}
+    huge |= {f"{m.name}.B": torch.full((1, m.out_features), 3e38) for m in modules}
+    file = {"safetensors": base64.b64encode(save(huge)).decode()}
+    body: dict[str, Any] = {"id": "huge", "private_adapter": file}
+    assert crowded.client.post("/tasks", json=body).status_code == 201
+    asked: dict[str, Any] = {"task": "own-0", "prompt": "hello", "max_tokens": 4}
+    endless = {**asked, "max_tokens": CONTEXT - 10, "ignore_eos": True, "stream": True}
+    sent: list[tuple[str, dict[str, Any], int]] = [
+        ("/generate", asked, 200),
+        ("/generate", {**asked, "stream": True, "n": 2}, 200),
+        ("/generate", {**asked, "max_tokens": CONTEXT}, 422),
+        ("/generate", {**asked, "task": "huge"}, 500),
+        ("/score", {"task": "own-0", "prompt": "x", "choices": ["a", "b"]}, 200),
+        ("/v1/completions", {"model": "own-0", "prompt": ["a", "b"], "max_tokens": 4}, 200),
+        ("/v1/completions", {"model": "own-0", "prompt": "a", "max_tokens": CONTEXT}, 422),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        for path, request, status in sent:
+            assert crowded.client.post(path, json=request).status_code == status, (path, request)
+            crowded.eventually(lambda: crowded.service.slots.pinned == 0)
+        with crowded.client.stream("POST", "/generate", json=endless) as answer:
+            next(answer.iter_bytes())
+            assert crowded.service.slots.pinned == 1
+        crowded.eventually(lambda: crowded.service.slots.pinned == 0)
+    finally:
+        gc.enable()
 
 
 def test_others_decode_on_while_a_request_waits_for_a_slot(crowded: LiveServer) -> None:
