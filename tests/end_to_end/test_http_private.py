@@ -76,7 +76,8 @@ def test_however_a_request_ends_its_slot_is_free(crowded: LiveServer) -> None:
     body: dict[str, Any] = {"id": "huge", "private_adapter": file}
     assert crowded.client.post("/tasks", json=body).status_code == 201
     asked: dict[str, Any] = {"task": "own-0", "prompt": "hello", "max_tokens": 4}
-    endless = {**asked, "max_tokens": CONTEXT - 10, "ignore_eos": True, "stream": True}
+    endless = {**asked, "max_tokens": CONTEXT - 10, "n": 16}
+    endless |= {"ignore_eos": True, "stream": True}
     sent: list[tuple[str, dict[str, Any], int]] = [
         ("/generate", asked, 200),
         ("/generate", {**asked, "stream": True, "n": 2}, 200),
