@@ -15,6 +15,7 @@ COMMANDS = (
     "registry",
     "private",
     "simulate",
+    "load",
     "lm_eval",
     "guidellm",
 )

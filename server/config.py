@@ -72,6 +72,9 @@ class Settings(BaseSettings):
         None, ge=1, description="Tokens computed in one step; None suits the device"
     )
     max_waiting: int = Field(1024, ge=1, description="Requests in line before 503")
+    max_wait_seconds: float = Field(
+        60.0, gt=0, description="Expected wait of a request before 503; inf leaves --max-waiting"
+    )
     max_context: int | None = Field(
         None, ge=2, description="Tokens of prompt and answer; None is the backbone's"
     )

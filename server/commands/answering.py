@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class EngineAnswerer:
         """Raises what loading a server raises."""
         # No data folder is opened: the registry is not part of the engine.
         where: dict[str, Any] = {"backbone": backbone, "inventory": inventory, "device": device}
-        settings = Settings(data_dir=Path(), max_waiting=WINDOW, **where)
+        settings = Settings(data_dir=Path(), max_waiting=WINDOW, max_wait_seconds=inf, **where)
         return cls(load(settings))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 from polyhead.server.engine.answers import Answers
 from polyhead.server.engine.batch import Batch
@@ -15,6 +16,7 @@ from polyhead.server.engine.errors import (
     EngineFull,
     RequestTooLarge,
 )
+from polyhead.server.engine.pace import Pace
 from polyhead.server.engine.request import Event, Failure, Request, total_length
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler
@@ -46,6 +48,7 @@ class Engine:
 
     publish: called on the engine's thread, once per step, with that step's events.
     on_death: called on the engine's thread if it ends by an error; nothing is answered after it.
+    max_wait: seconds that a request may be expected to wait before it is refused.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         publish: Publish,
         *,
         max_waiting: int = 1024,
+        max_wait: float = inf,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._runner = runner
@@ -64,6 +68,8 @@ class Engine:
         self._publish = publish
         self._on_death = on_death
         self._max_waiting = max_waiting
+        self._max_wait = max_wait
+        self._pace = Pace()
         self._inbox: deque[Request] = deque()
         self._aborted: set[str] = set()
         self._wake = threading.Condition()
@@ -106,6 +112,13 @@ class Engine:
             waiting = len(self._inbox) + self._stats.waiting
             if waiting >= self._max_waiting:
                 raise EngineFull(f"{waiting} requests are waiting", retry_after=1.0)
+            wait = self._pace.wait_of(request)
+            if wait > self._max_wait:
+                raise EngineFull(
+                    f"the request would wait for about {wait:.0f} s, over {self._max_wait:g} s",
+                    retry_after=wait - self._max_wait,
+                )
+            self._pace.joins(request)
             self._inbox.append(request)
             self._wake.notify()
 
@@ -182,6 +195,8 @@ class Engine:
         if batch is None:
             self._count()
             return
+        with self._wake:
+            self._pace.leave(row.sequence.request.id for row in batch.rows)
         try:
             sampled = self._runner.run(batch)
         except Exception as exc:
@@ -190,6 +205,8 @@ class Engine:
             return
         self._scheduler.advance(batch)
         self._retire(self._answers.take(batch, sampled))
+        with self._wake:
+            self._pace.stepped(batch.tokens, time.monotonic() - started)
         self._stats = replace(
             self._stats,
             steps=self._stats.steps + 1,
@@ -211,6 +228,8 @@ class Engine:
     def _retire(self, events: list[Event]) -> None:
         for sequence in self._answers.finished():
             self._scheduler.finish(sequence)
+            with self._wake:
+                self._pace.ended(sequence)
         if events:
             self._publish(events)
 

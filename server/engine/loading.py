@@ -66,6 +66,7 @@ class Loaded:
             self.tokenizer,
             publish,
             max_waiting=settings.max_waiting,
+            max_wait=settings.max_wait_seconds,
             on_death=on_death,
         )
 

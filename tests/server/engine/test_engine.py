@@ -529,3 +529,22 @@ def test_a_preempted_score_counts_no_token_twice(build: Build, collector: Collec
     again = replace(score, id="again")
     engine.submit(again)
     assert known(collector, again) == [pytest.approx(found, abs=1e-4)]
+
+
+def test_who_would_wait_too_long_is_refused_and_a_newcomer_is_not(
+    build: Build, collector: Collector
+) -> None:
+    engine = build(max_running=1, max_wait=0.5)
+    engine.start()
+    pauses = []
+    for i in range(400):
+        try:
+            engine.submit(ask(f"{i}", answer=100, task="crowd"))
+        except EngineFull as exc:
+            pauses.append(exc.retry_after)
+        time.sleep(0.001)
+    assert 0 < len(pauses) < 400
+    assert min(pauses) > 0
+    newcomer = ask("new", answer=2)
+    engine.submit(newcomer)
+    assert len(collector.tokens(newcomer)) == 2

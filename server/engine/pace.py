@@ -1,0 +1,74 @@
+"""How long a new request would wait: by what is in line before it, and how fast the engine works.
+
+Called with the engine's lock held.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from math import exp
+
+from polyhead.server.engine.request import Request
+from polyhead.server.engine.sequence import Sequence
+
+MEMORY_SECONDS = 5.0
+"""Of busy steps: what lies further back weighs less than 1/e."""
+LEARNT = 0.05
+"""What one answer counts in how much of `max_tokens` answers use."""
+
+
+class Pace:
+    """Adds up the tokens that wait, and measures tokens a second whenever something waits.
+
+    Steps without a line do not count: a small batch is slow for its tokens, and does not tell how
+    fast a full one would be. Until there was a line, no wait is expected.
+    """
+
+    def __init__(self) -> None:
+        self._rate: float | None = None  # tokens per second
+        self._used = 1.0  # of max_tokens, by answers that have ended
+        self._waiting: dict[str, tuple[int, str, float]] = {}  # priority, task, tokens
+
+    def wait_of(self, request: Request) -> float:
+        """Seconds until a request that comes now would begin.
+
+        Tasks take turns, so a newcomer waits for its own task's requests and as much of each other
+        task's, not for all that a crowd has put in line.
+        """
+        if self._rate is None:
+            return 0.0
+        before: dict[str, float] = defaultdict(float)
+        for priority, task, tokens in self._waiting.values():
+            if priority <= request.priority:
+                before[task] += tokens
+        if not before:
+            return 0.0
+        own = before[request.task] + self._work(request)
+        return sum(min(tokens, own) for tokens in before.values()) / self._rate
+
+    def joins(self, request: Request) -> None:
+        self._waiting[request.id] = (request.priority, request.task, self._work(request))
+
+    def leave(self, request_ids: Iterable[str]) -> None:
+        """These have begun; whoever does not wait is ignored."""
+        for name in request_ids:
+            self._waiting.pop(name, None)
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """Account for a step while something waited."""
+        if not self._waiting or seconds <= 0:
+            return
+        weight = 1.0 if self._rate is None else 1 - exp(-seconds / MEMORY_SECONDS)
+        self._rate = (self._rate or 0.0) + weight * (tokens / seconds - (self._rate or 0.0))
+
+    def ended(self, sequence: Sequence) -> None:
+        """A choice has ended, whether it had begun or not."""
+        self._waiting.pop(sequence.request.id, None)
+        if sequence.generated and sequence.sample:
+            share = len(sequence.generated) / sequence.request.params.max_tokens
+            self._used += LEARNT * (share - self._used)
+
+    def _work(self, request: Request) -> float:
+        if request.continuations:
+            return len(request.prompt) + float(sum(map(len, request.continuations)))
+        params = request.params
+        return len(request.prompt) + params.n * params.max_tokens * self._used

@@ -1,0 +1,89 @@
+"""A newcomer waits for its own task's line and a turn of each other task, at the pace seen."""
+
+import pytest
+from scheduler_world import ask
+
+from polyhead.server.engine.pace import Pace
+from polyhead.server.engine.request import Request
+from polyhead.server.engine.sequence import Sequence
+
+
+def asked(task: str, tokens: int = 100, priority: int = 0, number: int = 0) -> Request:
+    """A request of a tenth of its tokens in the prompt."""
+    prompt = tokens // 10
+    name = f"{task}-{number}"
+    return ask(name, task, prompt, tokens - prompt, arrival=0.0, priority=priority)
+
+
+def busy(line: dict[str, int], rate: float = 1000.0) -> Pace:
+    """A pace of `rate` tokens a second, with so many requests of 100 tokens in line."""
+    pace = Pace()
+    for task, count in line.items():
+        for number in range(count):
+            pace.joins(asked(task, number=number))
+    for _ in range(100):
+        pace.stepped(int(rate), 1.0)
+    return pace
+
+
+def test_nobody_waits_where_nothing_has_waited() -> None:
+    pace = Pace()
+    for _ in range(10):
+        pace.stepped(1, 10.0)
+    pace.joins(asked("a"))
+    assert pace.wait_of(asked("b")) == 0.0
+
+
+def test_a_task_waits_for_its_own_line() -> None:
+    assert busy({"a": 50}).wait_of(asked("a")) == pytest.approx(5.0)
+    assert busy({"a": 50}, rate=500).wait_of(asked("a")) == pytest.approx(10.0)
+
+
+def test_a_newcomer_waits_for_a_turn_of_each_other_task_only() -> None:
+    crowd = busy({"a": 500})
+    assert crowd.wait_of(asked("a")) == pytest.approx(50.0)
+    assert crowd.wait_of(asked("new")) == pytest.approx(0.1)
+    many = busy({f"t{number}": 1 for number in range(200)})
+    assert many.wait_of(asked("new")) == pytest.approx(20.0)
+
+
+def test_the_less_urgent_are_not_waited_for() -> None:
+    pace = busy({"a": 50})
+    assert pace.wait_of(asked("a", priority=-1)) == 0.0
+    assert pace.wait_of(asked("a", priority=1)) == pytest.approx(5.0)
+
+
+def test_who_has_begun_or_ended_is_waited_for_no_longer() -> None:
+    pace = busy({"a": 50})
+    pace.leave([asked("a", number=number).id for number in range(20)])
+    assert pace.wait_of(asked("a")) == pytest.approx(3.0)
+    request = asked("a", number=20)
+    pace.ended(Sequence(request, 0, list(request.prompt)))
+    assert pace.wait_of(asked("a")) == pytest.approx(2.9)
+
+
+def test_steps_of_a_small_batch_do_not_slow_the_pace() -> None:
+    pace = busy({"a": 50})
+    pace.leave([asked("a", number=number).id for number in range(50)])
+    for _ in range(100):
+        pace.stepped(1, 1.0)
+    pace.joins(asked("a"))
+    assert pace.wait_of(asked("a")) == pytest.approx(0.1)
+
+
+def test_the_pace_follows_a_change_within_seconds() -> None:
+    pace = busy({"a": 100})
+    for _ in range(20):
+        pace.stepped(250, 1.0)
+    assert pace.wait_of(asked("a")) == pytest.approx(40.0, rel=0.1)
+
+
+def test_answers_that_end_early_shorten_the_line() -> None:
+    pace = busy({})
+    for number in range(200):
+        request = asked("a", 100, number=number)
+        pace.ended(Sequence(request, 0, [*request.prompt, 1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    for number in range(50):
+        pace.joins(asked("a", number=number))
+    pace.stepped(1000, 1.0)
+    assert pace.wait_of(asked("a")) == pytest.approx(50 * (10 + 90 * 0.1) / 1000, rel=0.01)
