@@ -25,6 +25,7 @@ class AsyncTasks(AsyncCalls):
     rollback = sends(task_calls.rollback)
     restore = sends(task_calls.restore)
     routing = sends(task_calls.routing)
+    lora = sends(task_calls.lora)
     similar = sends(task_calls.similar)
     fit = sends(task_calls.fit)
     fit_new = sends(task_calls.fit_new)

@@ -1,11 +1,11 @@
-"""A PEFT LoRA's folder as one archive to send."""
+"""A PEFT LoRA's folder as one archive, to send and to receive."""
 
 import io
 import tarfile
 from pathlib import Path
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""All that the server reads."""
+"""All that the server reads and writes."""
 
 
 def packed(folder: Path) -> bytes:
@@ -18,3 +18,16 @@ def packed(folder: Path) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def unpacked(archive: bytes) -> dict[str, bytes]:
+    """The two files of a tar file, by name. Raises `ValueError` where one is missing."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if member.name in FILES and content is not None:
+                found[member.name] = content.read()
+    if len(found) < len(FILES):
+        raise ValueError(f"expected {' and '.join(FILES)}, found {sorted(found)}")
+    return found

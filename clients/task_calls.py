@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -10,7 +11,8 @@ from urllib.parse import quote
 from polyhead.clients.asking import Example, FitOptions, Sampling
 from polyhead.clients.call import Call, Page, Reply, answer, nothing, parse
 from polyhead.clients.calls import given, routing_body
-from polyhead.clients.folders import packed
+from polyhead.clients.errors import UnreadableAnswerError
+from polyhead.clients.folders import packed, unpacked
 from polyhead.clients.models import (
     History,
     Job,
@@ -162,6 +164,19 @@ def restore(id: str) -> Call[Task]:
 def routing(id: str) -> Call[Routing]:
     """The task's routing as it was given. Raises `UnprocessableError` for a private adapter."""
     return Call("GET", f"{_path(id)}/routing", _routing, repeatable=True)
+
+
+def lora(id: str) -> Call[dict[str, bytes]]:
+    """Any task, whether it has a routing or an adapter of its own, as an ordinary PEFT LoRA: the
+    two files of its folder, by name."""
+
+    def read(reply: Reply) -> dict[str, bytes]:
+        try:
+            return unpacked(reply.content)
+        except (ValueError, tarfile.TarError) as exc:
+            raise UnreadableAnswerError(f"the server's answer is no LoRA: {exc}") from exc
+
+    return Call("GET", f"{_path(id)}/lora", read, repeatable=True)
 
 
 def similar(id: str, *, limit: int = 10) -> Call[list[Neighbour]]:
