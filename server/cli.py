@@ -50,11 +50,12 @@ def serve(
 ) -> None:
     """Start the server.
 
-    Every flag may stand in the environment instead: --max-running is POLYHEAD_MAX_RUNNING.
+    Every flag may stand in the environment, where --max-running is POLYHEAD_MAX_RUNNING, or in the
+    file of --config, where it is max_running.
     """
     settings = read(Settings, flags)
     if print_config:
-        typer.echo(settings.model_dump_json(indent=2))
+        typer.echo(json.dumps(settings.shown(), indent=2))
         return
     # The imports make millions of objects that stay: looking through them for garbage again and
     # again takes a second of the start, and later pauses every collection while serving.

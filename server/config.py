@@ -1,22 +1,38 @@
 """Every setting of the server, in one class: flags and environment variables end up here."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+PREFIX = "POLYHEAD_"
+CLIENT_VARIABLES = frozenset({"POLYHEAD_URL", "POLYHEAD_API_KEY"})
+"""What the commands that ask a server read; their shell may start a server too."""
+PASSWORDS = re.compile(r"(?<=://)(?P<user>[^:/?#]*):.*@|(?P<name>password=)[^&]*", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
     """Frozen configuration of one server process.
 
-    A flag goes before the environment's `POLYHEAD_<NAME>`, and that before the default. There is
-    no settings file. Descriptions are the help texts of `polyhead serve`.
+    A flag goes before the environment's `POLYHEAD_<NAME>`, that before the file of `config`, and
+    that before the default. Descriptions are the help texts of `polyhead serve`.
+    Raises `ValidationError` for a value or a key of the file that is wrong, `OSError` and
+    `ValueError` for a file that cannot be read or is no TOML.
     """
 
-    model_config = SettingsConfigDict(env_prefix="POLYHEAD_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
+    config: Path | None = Field(
+        None, description="TOML file of settings, named as the flags: max_running = 32"
+    )
     backbone: str = Field(
         description="Folder of a transformers causal model, or its name on the hub"
     )
@@ -131,3 +147,37 @@ class Settings(BaseSettings):
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(f"expected scheme://host[:port] or *, not {origin!r}")
         return origins
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Where settings come from, the first that has one wins."""
+        path = init_settings().get("config") or env_settings().get("config")
+        if path is None:
+            return init_settings, env_settings
+        with Path(path).open("rb"):  # a file that is not there would otherwise count as empty
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, Path(path))
+
+    def shown(self) -> dict[str, Any]:
+        """Every setting as JSON, passwords in addresses as `***`."""
+        plain = self.model_dump(mode="json")
+        secret = {name: plain[name] for name in ("database_url", "blob_store") if plain[name]}
+        return {**plain, **{name: _masked(text) for name, text in secret.items()}}
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: most likely misspelt ones."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | CLIENT_VARIABLES
+    return sorted(n for n in environment if n.upper().startswith(PREFIX) and n.upper() not in known)
+
+
+def _masked(address: str) -> str:
+    return PASSWORDS.sub(
+        lambda found: f"{found['name']}***" if found["name"] else f"{found['user']}:***@", address
+    )

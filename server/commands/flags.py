@@ -1,7 +1,9 @@
 """Flags of a command from the fields of models: one for every setting, with its description."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from tomllib import TOMLDecodeError
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -11,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from polyhead.server.commands.common import fail
+from polyhead.server.config import Settings, unknown_variables
 
 Model = TypeVar("Model", bound=BaseModel)
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -36,18 +39,30 @@ def with_flags_of(*models: type[BaseModel]) -> Callable[[Command], Command]:
 def read(model: type[Model], flags: Mapping[str, Any]) -> Model:
     """The model that its own flags, out of `flags`, make. Ends the command where one is wrong."""
     given = {k: v for k, v in flags.items() if k in model.model_fields and v is not None}
+    if issubclass(model, Settings):
+        _check_environment()
     try:
         return model(**given)
+    except (OSError, TOMLDecodeError) as exc:
+        fail(f"--config: {exc}", 2)
     except ValidationError as exc:
         for error in exc.errors()[:-1]:
             typer.echo(f"error: {_told(model, error)}", err=True)
         fail(_told(model, exc.errors()[-1]), 2)
 
 
+def _check_environment() -> None:
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        fail(f"{', '.join(unknown)}: no such setting; `polyhead serve --help` lists them", 2)
+
+
 def _told(model: type[BaseModel], error: Any) -> str:
     if not error["loc"]:
         return str(error["msg"])
     name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"--config: {name} is no setting; `polyhead serve --help` lists them"
     flag = f"--{name.replace('_', '-')}"
     if error["type"] == "missing":
         return f"{flag}{_variable(model, name)} is needed"

@@ -32,7 +32,8 @@ QUIET = LoggingConfig(enable_access_log=False)
 def application(settings: Settings, scale: Scale) -> serve.Application:
     """The Serve application. Raises `ValueError` where replicas would not share a registry."""
     scale.check(settings)
-    replicas = _replicas(settings, scale).bind(settings.model_dump(mode="json"))
+    # Every value goes along, so the file they came from need not be there on other machines.
+    replicas = _replicas(settings, scale).bind(settings.model_dump(mode="json", exclude={"config"}))
     gateway: Any = serve.deployment(
         Gateway,
         name="gateway",

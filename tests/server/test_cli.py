@@ -98,6 +98,66 @@ def test_a_wrong_environment_is_named_too(monkeypatch: pytest.MonkeyPatch) -> No
     assert "'many'" in done.stderr
 
 
+def test_environment_beats_file_beats_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "polyhead.toml"
+    file.write_text('max_n = 7\nport = 9002\nbackbone = "model"\ncors_origin = ["*"]\n')
+    monkeypatch.setenv("POLYHEAD_PORT", "9001")
+    monkeypatch.setenv("POLYHEAD_CONFIG", str(file))
+    rest = [*NEEDED[2:], "--print-config"]
+    config = json.loads(runner.invoke(app, ["serve", *rest]).stdout)
+    found = [config[name] for name in ("max_n", "port", "host", "backbone", "cors_origin")]
+    assert found == [7, 9001, "127.0.0.1", "model", ["*"]]
+    other = tmp_path / "other.toml"
+    other.write_text('max_n = 8\nbackbone = "other"\n')
+    done = runner.invoke(app, ["serve", "--config", str(other), "--backbone", "flag", *rest])
+    config = json.loads(done.stdout)
+    assert [config[name] for name in ("max_n", "backbone")] == [8, "flag"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_runing = 3", "--config: max_runing is no setting"),
+        ("max_running = 0", "--max-running: Input should be greater than or equal to 1, found 0"),
+        ("max_running = [", "--config: "),
+        (None, "polyhead.toml"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "polyhead.toml"
+    if text is not None:
+        file.write_text(text)
+    done = runner.invoke(app, ["serve", *NEEDED, "--config", str(file), "--print-config"])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYHEAD_URL", "http://127.0.0.1:1")  # the clients' own
+    assert runner.invoke(app, ["serve", *NEEDED, "--print-config"]).exit_code == 0
+    monkeypatch.setenv("POLYHEAD_MAX_RUNING", "3")
+    done = runner.invoke(app, ["serve", *NEEDED, "--print-config"])
+    assert done.exit_code == 2
+    assert "POLYHEAD_MAX_RUNING: no such setting" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:se@cret@db/name", "postgresql://me:***@db/name"),
+        ("postgresql://me@/name?host=/run&password=secret", None),
+        ("postgresql://me@db/name", "postgresql://me@db/name"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str | None) -> None:
+    done = runner.invoke(app, ["serve", *NEEDED, "--database-url", url, "--print-config"])
+    found = json.loads(done.stdout)["database_url"]
+    assert found == (shown or "postgresql://me@/name?host=/run&password=***")
+
+
 def test_serving_a_folder_without_a_model_fails_in_one_line(tmp_path: Path) -> None:
     folders = ["--inventory", str(tmp_path), "--data-dir", str(tmp_path)]
     done = runner.invoke(app, ["serve", "--backbone", str(tmp_path / "none"), *folders])
