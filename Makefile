@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check crash fuzz bench npm suite clean
+.PHONY: setup serve test check crash replacing fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -40,6 +40,10 @@ check: $(INSTALLED)
 crash: setup
 	POLYHEAD_CRASH_ROUNDS=200 $(BIN)/pytest -s --timeout 3000 tests/server/tasks/test_crash.py \
 		tests/end_to_end/test_two_servers.py
+
+# 1,000 requests to a task that is replaced all the while.
+replacing: setup
+	POLYHEAD_REPLACING_REQUESTS=1000 $(BIN)/pytest -s tests/end_to_end/test_replacing.py
 
 # Over 10,000 calls that fit the description or do not, and 200,000 mutated tensors and templates.
 fuzz: setup

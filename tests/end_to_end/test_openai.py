@@ -1,6 +1,7 @@
 """What OpenAI's own Python client makes of `/v1`, over a real server."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,8 +14,9 @@ ENDLESS = {"ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def client(live: LiveServer) -> openai.OpenAI:
-    return sync_client(live.url)
+def client(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with sync_client(live.url) as made:
+        yield made
 
 
 def completed(client: openai.OpenAI, **body: Any) -> Any:

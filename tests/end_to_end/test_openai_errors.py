@@ -1,6 +1,7 @@
 """Refusals below `/v1`: OpenAI's form, and the classes that its Python client raises."""
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -12,8 +13,9 @@ HI: list[Any] = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture(scope="module")
-def client(live: LiveServer) -> openai.OpenAI:
-    return sync_client(live.url)
+def client(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with sync_client(live.url) as made:
+        yield made
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI, live: LiveServer) -> None:

@@ -1,6 +1,7 @@
 """`response_format`, through OpenAI's Python client and through `/generate`."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -29,8 +30,9 @@ SCHEMA: Any = {
 
 
 @pytest.fixture(scope="module")
-def client(live: LiveServer) -> openai.OpenAI:
-    return sync_client(live.url)
+def client(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with sync_client(live.url) as made:
+        yield made
 
 
 def test_the_client_parses_what_it_gets(client: openai.OpenAI) -> None:

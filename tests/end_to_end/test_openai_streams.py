@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,8 +17,9 @@ GREEDY: dict[str, Any] = {"model": "amber", "max_tokens": 24, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def client(live: LiveServer) -> openai.OpenAI:
-    return sync_client(live.url)
+def client(live: LiveServer) -> Iterator[openai.OpenAI]:
+    with sync_client(live.url) as made:
+        yield made
 
 
 def text_of(chunks: list[Any], index: int = 0) -> str:

@@ -84,7 +84,10 @@ def test_every_system_is_measured_and_written(place: Path, tmp_path: Path) -> No
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_and_ranks_are_the_merged_models_own(place: Path) -> None:
+def test_answers_and_ranks_are_the_merged_models_own(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POLYHEAD_DTYPE", "float32")  # as the merged model, whatever the CPU
     model, inventory = world()
     tokenizer = byte_tokenizer()
     tasks = [random_task(inventory, f"t{n}", n) for n in range(3)]

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from click.testing import Result
@@ -26,9 +27,10 @@ def environment(monkeypatch: pytest.MonkeyPatch, live: LiveServer) -> None:
 
 @pytest.fixture
 def own(live: LiveServer) -> Iterator[str]:
-    """An id that is removed again."""
-    yield "own"
-    live.client.delete("/tasks/own")
+    """An id without a history, whose task is removed again."""
+    name = f"own-{uuid4().hex}"
+    yield name
+    live.client.delete(f"/tasks/{name}")
 
 
 def run(*arguments: str, status: int = 0, text: str | None = None) -> Result:
@@ -76,7 +78,7 @@ def test_a_task_is_made_listed_shown_and_taken_back(
     assert (made["template"], made["metadata"]) == ("{input}\n", {"team": "docs"})
     assert [one["id"] for one in as_json("tasks", "list", "--metadata", "team:docs")] == [own]
     assert {"amber", "birch", own} <= {one["id"] for one in as_json("tasks", "list")}
-    assert run("tasks", "list", "--prefix", "ow").stdout.splitlines()[1].split()[0] == own
+    assert run("tasks", "list", "--prefix", own[:-1]).stdout.splitlines()[1].split()[0] == own
     live.client.put(f"/tasks/{own}", json={"copy_of": "birch"}).raise_for_status()
     shown = as_json("tasks", "show", own)
     assert shown["generation"] != made["generation"]

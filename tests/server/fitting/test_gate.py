@@ -80,6 +80,7 @@ def test_one_thread_while_busy_and_all_when_idle() -> None:
 
 
 def test_the_process_is_last_in_line_for_cores_and_memory() -> None:
+    ours = os.nice(0)
     code = (
         "import os; from polyhead.server.fitting.gate import yield_everything as y; y();"
         "print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE,"
@@ -87,4 +88,4 @@ def test_the_process_is_last_in_line_for_cores_and_memory() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["19", "True", "1000"]
-    assert os.nice(0) == 0
+    assert os.nice(0) == ours < 19
