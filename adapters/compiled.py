@@ -83,10 +83,7 @@ class CompiledFactored:
 
     @classmethod
     def of(cls, tokens: slice | Tensor, weights: Tensor, pieces: ops.Pieces) -> "CompiledFactored":
-        rows = np.empty(pieces[-1][0].stop, np.int64)
-        for own, found in pieces:
-            rows[own] = np.arange(found.start, found.stop)  # one row serves all of its tokens
-        return cls(tokens, weights.numpy(), rows)
+        return cls(tokens, weights.numpy(), rows_of(pieces))
 
     def shrink(self, group: ops.SkillGroup, first: int, x: Tensor) -> Floats:
         own = x[self.tokens]
@@ -113,6 +110,9 @@ class CompiledStep:
     factored: CompiledFactored | None
     combined: CompiledCombined | None
 
+    def reads(self, x: Tensor, y: Tensor) -> bool:
+        return x.dtype == y.dtype == torch.float32 and y.is_contiguous()
+
     def shrink(self, group: ops.SkillGroup, index: int, first: int, x: Tensor) -> Hidden:
         """x `[N, I]` float32, contiguous; the group's number and that of its first module."""
         mixed = None if self.factored is None else self.factored.shrink(group, first, x)
@@ -125,6 +125,14 @@ class CompiledStep:
             self.factored.expand(group, first, g, mixed, y)
         if self.combined is not None and low_rank is not None:
             self.combined.expand(first + g, low_rank, y)
+
+
+def rows_of(pieces: ops.Pieces) -> Numbers:
+    """Each token's row of the weights."""
+    rows = np.empty(pieces[-1][0].stop, np.int64)
+    for own, found in pieces:
+        rows[own] = np.arange(found.start, found.stop)  # one row serves all of its tokens
+    return rows
 
 
 def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.errors import InjectionError
 from polyhead.adapters.inventory import Inventory, ModuleShape
+from polyhead.adapters.kernels import Kernels
 from polyhead.adapters.layers import RoutedLinear
 from polyhead.adapters.ops import SkillGroup
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan
@@ -81,7 +82,11 @@ class Injection:
     """An inventory inside a model. `remove` restores the model, bit-identical."""
 
     def __init__(
-        self, model: PreTrainedModel, inventory: Inventory, costs: FormCosts | None = None
+        self,
+        model: PreTrainedModel,
+        inventory: Inventory,
+        costs: FormCosts | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.inventory = inventory
         self._model = model
@@ -91,7 +96,9 @@ class Injection:
         self.slots = _pack_groups(inventory, groups, weight.device, weight.dtype)
         order = {module.name: i for i, module in enumerate(inventory.header.modules)}
         flat = [order[name] for names in groups for name in names]
-        self.planner = Planner(self.slots, groups, flat, weight.device, costs=costs)
+        self.planner = Planner(
+            self.slots, groups, flat, weight.device, costs=costs, kernels=kernels
+        )
         for slot, names in zip(self.slots, groups, strict=True):
             for position, name in enumerate(names):
                 layer = RoutedLinear(self._originals[name], slot, position)
@@ -118,10 +125,16 @@ class Injection:
 
 
 def inject(
-    model: PreTrainedModel, inventory: Inventory, costs: FormCosts | None = None
+    model: PreTrainedModel,
+    inventory: Inventory,
+    costs: FormCosts | None = None,
+    kernels: Kernels | None = None,
 ) -> Injection:
-    """Wrap every module that the inventory names. Raises `InjectionError` naming what is wrong."""
-    return Injection(model, inventory, costs)
+    """Wrap every module that the inventory names. Raises `InjectionError` naming what is wrong.
+
+    kernels: None takes those that suit the model's device and dtype.
+    """
+    return Injection(model, inventory, costs, kernels)
 
 
 def layers_of(model: nn.Module, modules: Sequence[ModuleShape]) -> dict[str, nn.Module]:

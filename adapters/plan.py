@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from polyhead.adapters import ops
-from polyhead.adapters.compiled import CompiledStep, FactorTable, Hidden
+from polyhead.adapters.compiled import FactorTable
 from polyhead.adapters.errors import PlanError
 from polyhead.adapters.private import PrivateAdapter
 
@@ -55,7 +56,7 @@ class FactoredPart:
     """The tokens that go through the factored form."""
 
     tokens: Tokens
-    weights: Tensor  # [n, H, M*S*r] float32, or [n, M, H, S] where the step is compiled;
+    weights: Tensor  # [n, H, M*S*r] float32, or [n, M, H, S] where kernels serve;
     # zero rows leave a token bare
     pieces: ops.Pieces  # which rows of the weights belong to which of these tokens
 
@@ -68,6 +69,21 @@ class CombinedPart:
     factors: Sequence[ops.Factors | None]
 
 
+class Step(Protocol):
+    """A plan's parts as kernels take them: the same two halves for both forms together."""
+
+    def reads(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the kernels take these: their dtype, and how they lie in memory."""
+
+    def shrink(
+        self, group: ops.SkillGroup, index: int, first: int, x: Tensor
+    ) -> tuple[Any | None, Any | None]:
+        """x `[N, I]`, contiguous; the group's number and that of its first module."""
+
+    def expand(self, group: ops.SkillGroup, first: int, g: int, hidden: Any, y: Tensor) -> None:
+        """Adds module g's delta onto y `[N, O]`, given what `shrink` answered."""
+
+
 @dataclass(eq=False)
 class Plan:
     """Built once per step, read by every routed layer of the forward pass."""
@@ -75,11 +91,9 @@ class Plan:
     tokens: int
     factored: FactoredPart | None
     combined: Sequence[CombinedPart]
-    compiled: CompiledStep | None = None  # the same parts, where the kernels serve them
+    step: Step | None = None  # the same parts, where kernels serve them
     stale: bool = False  # set when a later plan takes over the buffer of this one's weights
-    _memo: "tuple[GroupSlot, Tensor, list[Tensor | None] | Hidden] | None" = field(
-        default=None, repr=False
-    )
+    _memo: "tuple[GroupSlot, Tensor, Any] | None" = field(default=None, repr=False)
 
     def add_delta(self, slot: "GroupSlot", g: int, x: Tensor, y: Tensor) -> None:
         """Add the adapters' part of module g of a group to its base product y, in place.
@@ -96,8 +110,8 @@ class Plan:
                 found=str(flat_y.shape[0]),
                 expected=str(self.tokens),
             )
-        if self.compiled is not None and _kernels_read(x, y):
-            self._add_compiled(self.compiled, slot, g, x, flat_y)
+        if self.step is not None and _no_gradients(x, y) and self.step.reads(x, y):
+            self._add_by_kernels(self.step, slot, g, x, flat_y)
             return
         hidden = self._hidden(slot, x)
         if self.factored is not None and hidden[0] is not None:
@@ -107,9 +121,7 @@ class Plan:
             if factors is not None and low_rank is not None:
                 _expand_combined(part.tokens, factors, g, low_rank, flat_y)
 
-    def _add_compiled(
-        self, step: CompiledStep, slot: "GroupSlot", g: int, x: Tensor, y: Tensor
-    ) -> None:
+    def _add_by_kernels(self, step: Step, slot: "GroupSlot", g: int, x: Tensor, y: Tensor) -> None:
         hidden = self._remembered(slot, x)
         if not isinstance(hidden, tuple):
             flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -117,7 +129,7 @@ class Plan:
             self._memo = (slot, x, hidden)
         step.expand(slot.group, slot.first, g, hidden, y)
 
-    def _remembered(self, slot: "GroupSlot", x: Tensor) -> list[Tensor | None] | Hidden | None:
+    def _remembered(self, slot: "GroupSlot", x: Tensor) -> Any:
         """What was shrunk for the group: its modules come in turn with the very same tensor."""
         memo = self._memo
         return memo[2] if memo is not None and memo[0] is slot and memo[1] is x else None
@@ -140,7 +152,7 @@ class Plan:
         return hidden
 
     def _spread(self, part: FactoredPart, slot: "GroupSlot") -> Tensor:
-        if self.compiled is None:
+        if self.step is None:
             return part.weights[:, :, slot.columns]
         own = part.weights[:, slot.first : slot.first + slot.group.size]
         return ops.spread(own, slot.group.rank)
@@ -157,10 +169,9 @@ class Plan:
         y[part.tokens] = own
 
 
-def _kernels_read(x: Tensor, y: Tensor) -> bool:
-    """Not where gradients are wanted, for one: the kernels have none."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    return not wanted and x.dtype == y.dtype == torch.float32 and y.is_contiguous()
+def _no_gradients(x: Tensor, y: Tensor) -> bool:
+    """The kernels have none."""
+    return not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
 
 
 def _expand_combined(

@@ -7,15 +7,10 @@ from itertools import groupby, repeat
 import torch
 
 from polyhead.adapters import ops
-from polyhead.adapters.compiled import (
-    CompiledCombined,
-    CompiledFactored,
-    CompiledStep,
-    FactorTable,
-    compiled_for,
-)
+from polyhead.adapters.compiled import FactorTable
 from polyhead.adapters.costs import FormCosts, RentOrBuy
 from polyhead.adapters.errors import PlanError
+from polyhead.adapters.kernels import Kernels, kernels_for
 from polyhead.adapters.plan import (
     Adapter,
     CombinedPart,
@@ -50,6 +45,7 @@ class Planner:
         device: torch.device,
         *,
         costs: FormCosts | None = None,
+        kernels: Kernels | None = None,
         factor_cache_bytes: int = 256 << 20,
     ) -> None:
         self._slots = slots
@@ -58,8 +54,8 @@ class Planner:
         self._device = device
         self.costs = costs or FormCosts()
         first = slots[0].group
-        self._compiled = compiled_for(first.a.dtype, first.a.device)
-        board = PlainBoard if self._compiled else WeightBoard
+        self._kernels = kernels or kernels_for(first.a.dtype, first.a.device)
+        board = WeightBoard if self._kernels is None else PlainBoard
         self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
         self._tables: dict[str, FactorTable] = {}  # of the resident factors, for the kernels
@@ -105,8 +101,9 @@ class Planner:
         ]
         self._evict(keep=combined)
         plan = Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
-        if self._compiled and (plan.factored is not None or parts):
-            plan.compiled = self._compiled_step(plan, own, distinct)
+        if self._kernels is not None and (plan.factored is not None or parts):
+            tables = [self._table_of(key, distinct[key]) for key in own]
+            plan.step = self._kernels.step(plan, tables, list(own.values()), self._device)
         if plan.factored is not None:
             self._on_board = plan
         return plan
@@ -116,22 +113,9 @@ class Planner:
         factors = self._build_factors(adapter)
         return PreparedAdapter(adapter.fingerprint, factors, self._table(factors))
 
-    def _compiled_step(
-        self, plan: Plan, places: dict[str, list[int]], adapters: dict[str, Adapter]
-    ) -> CompiledStep:
-        part = plan.factored
-        factored = None
-        if part is not None:
-            factored = CompiledFactored.of(part.tokens, part.weights, part.pieces)
-        tables = [
-            own.table
-            if isinstance(own := adapters[key], PreparedAdapter) and own.table
-            else self._tables[key]
-            for key in places
-        ]
-        positions = list(places.values())
-        combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
-        return CompiledStep(factored, combined)
+    def _table_of(self, key: str, adapter: Adapter) -> FactorTable:
+        prepared = adapter.table if isinstance(adapter, PreparedAdapter) else None
+        return prepared or self._tables[key]
 
     def _factored_part(
         self, positions: list[int], tokens: Sequence[Adapter], combined: set[str]
@@ -165,7 +149,7 @@ class Planner:
 
     def _table(self, factors: Sequence[ops.Factors | None]) -> FactorTable | None:
         sizes = [slot.group.size for slot in self._slots]
-        return FactorTable.of(factors, sizes) if self._compiled else None
+        return FactorTable.of(factors, sizes) if self._kernels is not None else None
 
     def _build_factors(self, adapter: Adapter) -> Sequence[ops.Factors | None]:
         if isinstance(adapter, RoutedTask):

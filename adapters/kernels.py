@@ -1,0 +1,72 @@
+"""Which kernels serve a device and dtype, chosen in one place; the torch forms serve the rest."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+
+from polyhead.adapters.compiled import (
+    CompiledCombined,
+    CompiledFactored,
+    CompiledStep,
+    FactorTable,
+    compiled_for,
+)
+from polyhead.adapters.plan import Plan, Step
+
+Tables = Sequence[FactorTable]
+Positions = Sequence[Sequence[int]]
+
+
+class Kernels(Protocol):
+    """Turns the parts of a plan into a step."""
+
+    def step(
+        self, plan: Plan, tables: Tables, positions: Positions, device: torch.device, /
+    ) -> Step:
+        """tables and positions: of every task of the combined form, its factors and its tokens."""
+
+
+def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """None where the torch forms serve."""
+    if compiled_for(dtype, device):
+        return CompiledKernels()
+    if device.type == "cuda" and find_spec("triton") is not None:
+        return TritonKernels(dtype)
+    return None
+
+
+class CompiledKernels:
+    """For float32 on the CPU."""
+
+    def step(self, plan: Plan, tables: Tables, positions: Positions, _: torch.device) -> Step:
+        part = plan.factored
+        factored = None
+        if part is not None:
+            factored = CompiledFactored.of(part.tokens, part.weights, part.pieces)
+        combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
+        return CompiledStep(factored, combined)
+
+
+class TritonKernels:
+    """For CUDA, and for the CPU where Triton's interpreter is on (`TRITON_INTERPRET=1`).
+
+    dtype: of the backbone, its skills and factors.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        # Imported here, since whoever serves on a CPU need not have Triton.
+        from polyhead.adapters import triton_step
+
+        self._kernels, self._dtype = triton_step, dtype
+
+    def step(self, plan: Plan, tables: Tables, positions: Positions, device: torch.device) -> Step:
+        part, of = plan.factored, self._kernels
+        factored = combined = None
+        if part is not None:
+            factored = of.TritonFactored.of(part.tokens, part.weights, part.pieces)
+        if tables:
+            combined = of.TritonCombined(tables, positions, device)
+        step: Step = of.TritonStep(self._dtype, factored, combined)
+        return step
