@@ -18,6 +18,7 @@ COMMANDS = (
     "load",
     "lm_eval",
     "guidellm",
+    "gpu",
 )
 
 

@@ -250,7 +250,7 @@ class TestFactorCache:
 def test_a_prepared_adapter_is_the_one_it_was_made_of(compiled: bool) -> None:
     used = planner()
     if not compiled:
-        used._compiled = False
+        used._kernels = None
         used._board = WeightBoard(HEADS, RANK, parts()[1][-1].columns.stop, used._order, CPU)
     rows = [adapters()[1], *adapters()[-2:]]
     prepared = [used.prepare(a) if isinstance(a, PrivateAdapter) else a for a in rows]
