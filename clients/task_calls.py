@@ -142,7 +142,7 @@ def delete(id: str, *, if_match: str | None = None) -> Call[None]:
 
 
 def history(id: str) -> Call[list[Version]]:
-    """What the task is and was, newest first; also of a task that was deleted a while ago."""
+    """What the task is and was, newest first, as far back as the server keeps it."""
 
     def read(reply: Reply) -> list[Version]:
         return parse(History, reply.content).versions

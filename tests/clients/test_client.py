@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -114,6 +115,20 @@ def test_a_task_lives_through_the_client(client: Any) -> None:
     with pytest.raises(NotFoundError):
         client.tasks.get("other")
     assert client.tasks.similar("mine", limit=2)[0].id in TASKS
+
+
+def test_a_task_goes_back_to_what_it_was_and_comes_back(client: Any) -> None:
+    name = f"back-{uuid4().hex}"
+    first = client.tasks.copy("amber", name)
+    second = client.tasks.replace(name, routing=client.tasks.routing("birch"))
+    assert [one.ended for one in client.tasks.history(name)] == [None, "replaced"]
+    with pytest.raises(StaleError):
+        client.tasks.rollback(name, first.generation, if_match=first.generation)
+    back = client.tasks.rollback(name, first.generation, if_match=second.generation)
+    assert back.generation == first.generation
+    client.tasks.delete(name)
+    assert client.tasks.restore(name).generation == first.generation
+    client.tasks.delete(name)
 
 
 def test_a_peft_folder_is_sent_as_it_lies_there(client: Any, tmp_path: Path) -> None:

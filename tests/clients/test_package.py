@@ -51,11 +51,13 @@ def test_methods_document_themselves() -> None:
 
 
 def test_every_field_of_the_servers_answers_is_known() -> None:
-    from polyhead.server.http import job_schemas, schemas
+    from polyhead.server.http import history, job_schemas, schemas
 
     theirs = {
         schemas.TaskAnswer: models.Task,
         schemas.TaskPage: models.TaskPage,
+        history.VersionAnswer: models.Version,
+        history.HistoryAnswer: models.History,
         schemas.SimilarAnswer: models.Similar,
         schemas.Neighbour: models.Neighbour,
         schemas.GenerateAnswer: models.Generated,
