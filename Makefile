@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check crash replacing fuzz bench npm suite clean
+.PHONY: setup serve test check images lint-images crash replacing fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -35,6 +35,16 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory lint-images
+
+lint-images: $(INSTALLED)
+	$(BIN)/hadolint docker/Dockerfile
+	POSTGRES_PASSWORD=lint $(BIN)/docker-compose --file docker/compose.yaml config --quiet
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard docker/kubernetes/*.yaml))
+
+# Builds the container image and runs it; needs mmdebstrap, buildah, podman and runc, not Docker.
+images: setup
+	docker/images.sh
 
 # The long form of the tests that kill the server, 200 rounds.
 crash: setup

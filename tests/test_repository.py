@@ -24,7 +24,7 @@ def packages() -> list[Path]:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def tracked_files() -> list[Path]:
@@ -66,7 +66,7 @@ def test_no_large_file_is_tracked() -> None:
 
 def test_readme_commands_exist() -> None:
     readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"\bmake ([a-z]+)", readme))
+    named = set(re.findall(r"\bmake ([a-z-]+)", readme))
     assert {"serve", "test"} <= named
     assert named <= make_targets()
 
