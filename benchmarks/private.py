@@ -71,6 +71,7 @@ def main(
     slots: Annotated[int, typer.Option(help="Of them that are resident")] = 16,
     rank: Annotated[int, typer.Option(help="Of private adapters")] = 8,
     new_tokens: int = 24,
+    only_mixed: Annotated[bool, typer.Option(help="Leave the second part out")] = False,
 ) -> None:
     console = Console(width=110)
     work = make_work(
@@ -101,7 +102,9 @@ def main(
             return stack.enter_context(_serving(settings))
 
         everything = start((adapters + MIXED) * 8 * size)
-        _beside_routed(console, everything, work, at_once, rounds)
+        _beside_routed(console, everything, work, at_once, rounds, (loaded.header.rank, rank))
+        if only_mixed:
+            return
         few = start(slots * size + size // 2)
         _too_few(
             console, {"all resident": everything, f"{slots} slots": few}, work, adapters, rounds
@@ -109,19 +112,26 @@ def main(
 
 
 def _beside_routed(
-    console: Console, server: Inside, work: Sequence[Work], at_once: int, rounds: int
+    console: Console,
+    server: Inside,
+    work: Sequence[Work],
+    at_once: int,
+    rounds: int,
+    ranks: Sequence[int],
 ) -> None:
-    sides = {
-        "all routed": [f"routed-{n % MIXED}" for n in range(len(work))],
-        "half private": [f"{'wide' if n % 2 else 'routed'}-{n % MIXED}" for n in range(len(work))],
-        "all private": [f"wide-{n % MIXED}" for n in range(len(work))],
-    }
+    """ranks: of the private adapters, that of the inventory's skills among them."""
+    sides = {"all routed": [f"routed-{n % MIXED}" for n in range(len(work))]}
+    for rank in dict.fromkeys(ranks):
+        kinds = (f"wide{rank}", "routed")
+        sides[f"half private, rank {rank}"] = [
+            f"{kinds[n % 2]}-{n % MIXED}" for n in range(len(work))
+        ]
     runs = timing.run_in_turn(
         {name: _side(server, work, names, at_once) for name, names in sides.items()},
         rounds + 1,
         console,
     )
-    _print(console, "Private beside routed; goal: half private over all routed 0.9", runs, work)
+    _print(console, "Private beside routed; goal: 0.9 of all routed", runs, work)
 
 
 def _too_few(
@@ -197,8 +207,9 @@ def _fill(
             generator = torch.Generator().manual_seed(seed)
             logits = torch.randn(layout.shape("module"), generator=generator)
             registry.create(f"routed-{seed}", Routing(logits))
-            wide = _adapter(seed, inventory.header.modules, rank)
-            registry.create(f"wide-{seed}", wide)
+            for wide in {rank, inventory.header.rank}:
+                adapter = _adapter(seed, inventory.header.modules, wide)
+                registry.create(f"wide{wide}-{seed}", adapter)
         for seed in range(adapters):
             registry.create(f"narrow-{seed}", _adapter(seed, narrow, rank))
 
