@@ -95,6 +95,7 @@ def main(
                 inventory=inventory,
                 data_dir=folder,
                 port=0,
+                dtype="float32",  # in which the slots are counted
                 threads=1,
                 private_cache_bytes=budget,
                 private_wait_seconds=600,

@@ -65,6 +65,7 @@ def test_more_adapters_than_slots_answer_as_each_does_alone(crowded: LiveServer)
     assert slots.evictions >= COUNT - 2
     crowded.eventually(lambda: slots.pinned == 0)
     assert crowded.service.room.waiting == 0
+    assert 0 < crowded.service.room.longest_handover < 1
 
 
 def test_however_a_request_ends_its_slot_is_free(crowded: LiveServer) -> None:
