@@ -77,7 +77,7 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing Polyhead and what it needs into .venv; this takes a few minutes once."
-	$(PIP) install --no-compile --editable '.[server,train,demo,scale,dev]'
+	$(PIP) install --no-compile --editable '.[server,train,demo,scale,tracing,dev]'
 	touch $@
 
 # Data files in packages: none of their code runs, so none of their requirements is needed.

@@ -1,6 +1,6 @@
 """The plan of one forward pass: which adapter each token belongs to, and how it is applied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -92,6 +92,7 @@ class Plan:
     factored: FactoredPart | None
     combined: Sequence[CombinedPart]
     step: Step | None = None  # the same parts, where kernels serve them
+    forms: Mapping[str, int] = field(default_factory=dict)  # tasks by the form chosen for them
     stale: bool = False  # set when a later plan takes over the buffer of this one's weights
     _memo: "tuple[GroupSlot, Tensor, Any] | None" = field(default=None, repr=False)
 

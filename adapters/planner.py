@@ -90,9 +90,16 @@ class Planner:
         resident = self._factors.keys()
         available = resident | self._renting.due(self.costs, routed, resident)
         combined = self.costs.choose_combined(routed, available)
-        combined |= {
+        private = {
             k for k, a in distinct.items() if isinstance(a, PrivateAdapter | PreparedAdapter)
         }
+        forms = {
+            "combined": len(combined),
+            "factored": len(routed.keys() - combined),
+            "private": len(private),
+            "bare": int("" in distinct),
+        }
+        combined |= private
         factored = sorted(p for k in routed.keys() - combined for p in places[k])
         own = {k: places[k] for k in distinct if k in combined}
         parts = [
@@ -100,7 +107,8 @@ class Planner:
             for k, positions in own.items()
         ]
         self._evict(keep=combined)
-        plan = Plan(len(tokens), self._factored_part(factored, tokens, combined), parts)
+        shared = self._factored_part(factored, tokens, combined)
+        plan = Plan(len(tokens), shared, parts, forms=forms)
         if self._kernels is not None and (plan.factored is not None or parts):
             tables = [self._table_of(key, distinct[key]) for key in own]
             plan.step = self._kernels.step(plan, tables, list(own.values()), self._device)

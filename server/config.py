@@ -135,6 +135,19 @@ class Settings(BaseSettings):
     fit_idle_seconds: float = Field(
         60.0, ge=0, description="How long the fitting process is kept without work"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Of the log on standard error; json is one object a line"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level that is logged; info has a line for every call"
+    )
+    log_prompts: bool = Field(False, description="Log what is asked, too")
+    otlp_endpoint: str | None = Field(
+        None, description="OpenTelemetry collector for traces, such as http://127.0.0.1:4318"
+    )
+    task_series: int = Field(
+        32, ge=0, le=1024, description="Busiest tasks that have metrics of their own"
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )

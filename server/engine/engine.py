@@ -20,11 +20,13 @@ from polyhead.server.engine.pace import Pace
 from polyhead.server.engine.request import Event, Failure, Request, total_length
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler
+from polyhead.server.engine.step_record import StepRecord
 from polyhead.server.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Publish = Callable[[list[Event]], None]
+Watch = Callable[[StepRecord], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Engine:
     publish: called on the engine's thread, once per step, with that step's events.
     on_death: called on the engine's thread if it ends by an error; nothing is answered after it.
     max_wait: seconds that a request may be expected to wait before it is refused.
+    watch: called on the engine's thread after each step with what it did.
     """
 
     def __init__(
@@ -61,17 +64,20 @@ class Engine:
         max_waiting: int = 1024,
         max_wait: float = inf,
         on_death: Callable[[BaseException], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._answers = Answers(tokenizer)
         self._publish = publish
         self._on_death = on_death
+        self._watch = watch
         self._max_waiting = max_waiting
         self._max_wait = max_wait
         self._pace = Pace()
         self._inbox: deque[Request] = deque()
         self._aborted: set[str] = set()
+        self._started: dict[str, float] = {}  # requests in a step without an output so far
         self._wake = threading.Condition()
         self._stopping = False
         self._draining = False
@@ -92,6 +98,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return self._stats
+
+    def active_tasks(self) -> tuple[set[str], set[str]]:
+        """Tasks with running and with waiting sequences, as of now. From any thread."""
+        scheduler = self._scheduler
+        running = {sequence.request.task for sequence in list(scheduler.running)}
+        return running, scheduler.line.tasks
 
     def submit(self, request: Request) -> None:
         """Put a request in line.
@@ -195,25 +207,49 @@ class Engine:
         if batch is None:
             self._count()
             return
-        with self._wake:
-            self._pace.leave(row.sequence.request.id for row in batch.rows)
+        scheduled = time.monotonic()
+        self._note_starts(batch, scheduled)
         try:
             sampled = self._runner.run(batch)
         except Exception as exc:
             logger.exception("a step of %d rows has failed", len(batch.rows))
             self._fail(batch, exc)
             return
+        computed = time.monotonic()
         self._scheduler.advance(batch)
         self._retire(self._answers.take(batch, sampled))
+        ended = time.monotonic()
+        record = self._record(batch, scheduled - started, ended - computed)
         with self._wake:
-            self._pace.stepped(batch.tokens, time.monotonic() - started)
+            self._pace.stepped(batch.tokens, ended - started)
         self._stats = replace(
             self._stats,
             steps=self._stats.steps + 1,
-            step_tasks=len({row.sequence.request.task for row in batch.rows}),
-            step_seconds=time.monotonic() - started,
+            step_tasks=record.tasks,
+            step_seconds=ended - started,
         )
         self._count()
+        if self._watch is not None:
+            self._watch(record)
+
+    def _record(self, batch: Batch, schedule: float, publish: float) -> StepRecord:
+        report = self._runner.report
+        phases = {"schedule": schedule, "forward": report.forward, "sample": report.sample}
+        return StepRecord(
+            rows=len(batch.rows),
+            tokens=batch.tokens,
+            tasks=len({row.sequence.request.task for row in batch.rows}),
+            forms=report.forms,
+            seconds={**phases, "publish": publish},
+        )
+
+    def _note_starts(self, batch: Batch, now: float) -> None:
+        for row in batch.rows:
+            request = row.sequence.request
+            if row.start < len(request.prompt):
+                self._started.setdefault(request.id, now)
+        with self._wake:
+            self._pace.leave(row.sequence.request.id for row in batch.rows)
 
     def _fail(self, batch: Batch, exc: Exception) -> None:
         """End the requests of a failed step; the others compute their tokens anew."""
@@ -231,7 +267,14 @@ class Engine:
             with self._wake:
                 self._pace.ended(sequence)
         if events:
-            self._publish(events)
+            self._publish([self._stamped(event) for event in events] if self._started else events)
+
+    def _stamped(self, event: Event) -> Event:
+        """A request's first event after it entered a step says when that was."""
+        started = self._started.pop(event.request_id, None)
+        if started is None or isinstance(event, Failure):
+            return event
+        return replace(event, started=started)
 
     def _count(self) -> None:
         scheduler = self._scheduler

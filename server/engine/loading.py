@@ -20,7 +20,7 @@ from polyhead.server.engine.backbone import (
     pick_device,
     pick_dtype,
 )
-from polyhead.server.engine.engine import Engine, Publish
+from polyhead.server.engine.engine import Engine, Publish, Watch
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.runner import Runner
@@ -47,7 +47,10 @@ class Loaded:
     max_context: int
 
     def engine(
-        self, publish: Publish, on_death: Callable[[BaseException], None] | None = None
+        self,
+        publish: Publish,
+        on_death: Callable[[BaseException], None] | None = None,
+        watch: Watch | None = None,
     ) -> Engine:
         """A new engine over this backbone; start it, and use one at a time."""
         settings = self.settings
@@ -68,6 +71,7 @@ class Loaded:
             max_waiting=settings.max_waiting,
             max_wait=settings.max_wait_seconds,
             on_death=on_death,
+            watch=watch,
         )
 
 

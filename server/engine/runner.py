@@ -1,6 +1,8 @@
 """Runs one batch through the backbone: cache operations, plan, forward pass, sampling."""
 
 import inspect
+import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +40,15 @@ class Packed:
     logits: list[LogitRow] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class RunReport:
+    """What a step took, in seconds, and the tasks in it by the form chosen for them."""
+
+    forward: float = 0.0
+    sample: float = 0.0
+    forms: Mapping[str, int] = field(default_factory=dict)
+
+
 class Runner:
     """Owns the backbone, its adapters and the key-value store. Belongs to one thread.
 
@@ -54,6 +65,8 @@ class Runner:
         self._injection = injection
         self._capacities = capacities
         self._shape = KVShape.of(model.config)
+        self._forms: Mapping[str, int] = {"bare": 1}  # of the step that is being computed
+        self.report = RunReport()  # of the last step
         model.set_attn_implementation(IMPLEMENTATION)
         self.reset()
 
@@ -79,10 +92,13 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[Sampled]:
         """One forward pass; answers in the order of `batch.rows`."""
+        began = time.monotonic()
         self.carry_out(batch.operations)
         packed = _pack(self._arrange(batch.rows))
         logits = self._forward(packed)
+        computed = time.monotonic()
         found = _read(logits, packed.logits)
+        self.report = RunReport(computed - began, time.monotonic() - computed, self._forms)
         return [found.get(id(row), Sampled()) for row in batch.rows]
 
     def _arrange(self, rows: Ordered[Row]) -> list[Row]:
@@ -107,6 +123,7 @@ class Runner:
                 return self._call(inputs)
             adapters = [row.sequence.request.adapter for row in packed.rows]
             plan = self._injection.plan(adapters, [row.count for row in packed.rows])
+            self._forms = plan.forms
             with use_plan(plan):
                 return self._call(inputs)
 

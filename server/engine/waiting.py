@@ -28,6 +28,11 @@ class WaitingLine:
         for queue in self._queues.values():
             yield from queue
 
+    @property
+    def tasks(self) -> set[str]:
+        """Whose sequences wait. May be read from any thread."""
+        return {task for _, task in list(self._queues)}
+
     def add(self, sequence: Sequence) -> None:
         """Put a sequence where its arrival says, in front of later ones of its task."""
         task = sequence.request.task

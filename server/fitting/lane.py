@@ -147,7 +147,6 @@ class Lane:
         batch = Batch(taken, self._inventory, self._jobs, self._board, self._persistently)
         for job, _ in taken:
             self._board.begin(job.id)
-        began = time.monotonic()
         try:
             outcome = self._watch(batch, self._ready_worker())
         except WorkerDied as exc:
@@ -155,15 +154,17 @@ class Lane:
             self._metrics.fit_worker_deaths.inc()
             logger.error("%d jobs lost their worker: %s", len(taken), exc)
             outcome = Outcome("died", str(exc))
-        self._metrics.fit_seconds.inc(time.monotonic() - began)
         self._settle(batch, outcome)
 
     def _watch(self, batch: Batch, worker: Worker) -> Outcome:
         """Relay between worker, jobs and engine until the batch is over. Raises `WorkerDied`."""
         state_file = str(self._state_files.path(batch.id))
         worker.send({"do": "fit", "state_file": state_file, **batch.order()})
-        stopping = False
+        stopping, counted = False, time.monotonic()
         while True:
+            now = time.monotonic()
+            self._metrics.fit_seconds.inc(now - counted)
+            counted = now
             worker.set_busy(self._engine_is_busy())
             for job_id in self._newly_cancelled(batch):
                 worker.send({"do": "cancel", "job": job_id})

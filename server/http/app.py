@@ -39,6 +39,7 @@ from polyhead.server.http.history import RollbackBody
 from polyhead.server.http.job_schemas import FitBody
 from polyhead.server.http.keys import KeyRing
 from polyhead.server.http.limits import BodyLimit
+from polyhead.server.http.observing import watch, witnesses
 from polyhead.server.http.openai import router as openai
 from polyhead.server.http.openai.errors import error_body
 from polyhead.server.http.openai.schemas import ChatBody, CompletionBody
@@ -65,15 +66,15 @@ def create_app(
 
     The engine runs for as long as the app's lifespan; `app.state.service` holds the parts.
     """
-    metrics = Metrics()
+    metrics = Metrics(settings.task_series)
     callers = Callers(KeyRing(settings.api_keys_file) if settings.api_keys_file else None)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        bridge = Bridge(asyncio.get_running_loop(), metrics)
+        told = witnesses(settings, loaded.tokenizer)
+        bridge = Bridge(asyncio.get_running_loop(), metrics, told.all)
         app.state.service = service = _service(settings, loaded, registry, bridge, metrics, callers)
-        metrics.watch_load(service.load)
-        metrics.watch_jobs(service.jobs.counts)
+        watch(service)
         registry.follow()
         service.engine.start()
         service.lane.start()
@@ -84,6 +85,7 @@ def create_app(
             following.cancel()
             await asyncio.to_thread(service.lane.stop)
             await asyncio.to_thread(service.engine.stop)
+            await asyncio.to_thread(told.close)
 
     app = FastAPI(
         title="Polyhead",
@@ -174,7 +176,7 @@ def _service(
         max_context=loaded.max_context,
         vocabulary=min(embeddings.num_embeddings, loaded.tokenizer.vocab_size),
     )
-    engine = loaded.engine(bridge.publish, bridge.died)
+    engine = loaded.engine(bridge.publish, bridge.died, metrics.step)
     board, job_list = Board(), Jobs(registry, settings.max_fit_jobs)
     pool = Pool()
     return Service(

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol, TypeVar
 
 from starlette.types import Receive
@@ -11,7 +11,8 @@ from polyhead.server.engine.errors import EngineDead
 from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.http.callers import Caller, the_caller
 from polyhead.server.http.errors import ClientGone, GenerationFailed, InvalidValue
-from polyhead.server.metrics import Metrics, Stopwatch
+from polyhead.server.logs import current_call
+from polyhead.server.metrics import Metrics, Stopwatch, Witness
 from polyhead.server.tasks.slots import in_use
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class Answer:
         if event.finish_reason is not None:
             self._open -= 1
             if not self._open:
-                self._stopwatch.finished()
+                self._stopwatch.ended()
         self._news.set()
 
     def _error_of(self, failure: Failure) -> Exception:
@@ -95,6 +96,7 @@ class Answer:
         """Whatever was already made stays readable, then `error` is raised."""
         if not self.complete:
             self._error = error
+            self._stopwatch.ended("error", type(error).__name__)
             self._news.set()
 
     async def batches(self) -> AsyncIterator[list[Output]]:
@@ -120,11 +122,18 @@ class Bridge:
     """Hands requests to the engine and its events back to whoever waits for them.
 
     `publish` and `died` are called on the engine's thread, everything else on the event loop.
+    witnesses: told of every request that the engine took in, when it is over.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        metrics: Metrics,
+        witnesses: Sequence[Witness] = (),
+    ) -> None:
         self._loop = loop
         self._metrics = metrics
+        self._witnesses = witnesses
         self._answers: dict[str, Answer] = {}
         self.death: BaseException | None = None
 
@@ -148,8 +157,10 @@ class Bridge:
         The running call's caller is charged for the tokens.
         """
         caller = the_caller()
-        answer = Answer(request, engine, Stopwatch(self._metrics, request), caller)
+        stopwatch = Stopwatch(self._metrics, request, self._witnesses)
+        answer = Answer(request, engine, stopwatch, caller)
         self._answers[request.id] = answer
+        _note_call(request)
         try:
             with in_use(request.adapter):
                 engine.submit(request)
@@ -159,6 +170,7 @@ class Bridge:
                 finally:
                     if not answer.complete:
                         engine.abort(request.id)
+                        stopwatch.ended("abort")
         finally:
             del self._answers[request.id]
 
@@ -172,6 +184,14 @@ class Bridge:
         self.death = error
         for answer in self._answers.values():
             answer.fail(EngineDead(ENGINE_STOPPED))
+
+
+def _note_call(request: Request) -> None:
+    """The running call's answer and log name the generation that it was answered by."""
+    call = current_call.get()
+    if call is not None:
+        call.asked += 1
+        call.generation = request.generation
 
 
 async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:

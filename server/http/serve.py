@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from polyhead.server import logs
 from polyhead.server.config import Settings
 from polyhead.server.engine.loading import load
 from polyhead.server.http.app import create_app
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 access_log=False,
+                log_config=None,
                 server_header=False,
                 ws="none",
                 timeout_keep_alive=65,
@@ -100,6 +102,7 @@ def run(settings: Settings) -> int:
     if refusal is not None:
         print(f"error: {refusal}", file=sys.stderr)
         return 2
+    logs.configure(settings.log_format, settings.log_level)
     loaded = load(settings)
     inventory = loaded.inventory
     registry = Registry(

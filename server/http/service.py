@@ -16,7 +16,7 @@ from polyhead.server.http.bodies import Pool
 from polyhead.server.http.bridge import ENGINE_STOPPED, Bridge
 from polyhead.server.http.callers import Callers
 from polyhead.server.http.room import Room
-from polyhead.server.metrics import Load, Metrics
+from polyhead.server.metrics import Metrics
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.slots import Slots
@@ -41,12 +41,6 @@ class Service:
     pool: Pool
     slots: Slots
     room: Room
-
-    def load(self) -> Load:
-        """What the engine is doing now, for the gauges."""
-        stats = self.engine.stats()
-        used = stats.kv_used_tokens / max(1, stats.kv_capacity_tokens)
-        return stats.running, stats.waiting, used
 
     def why_not_ready(self) -> EngineError | None:
         """What a request would be refused with right now, whatever it asks."""
