@@ -16,6 +16,7 @@ COMMANDS = (
     "private",
     "simulate",
     "load",
+    "prefix",
     "lm_eval",
     "guidellm",
     "gpu",

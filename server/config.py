@@ -95,6 +95,12 @@ class Settings(BaseSettings):
         None, ge=2, description="Tokens of prompt and answer; None is the backbone's"
     )
     kv_cache_tokens: int = Field(65536, ge=16, description="Tokens the key-value cache may hold")
+    prefix_cache_tokens: int = Field(
+        32768,
+        ge=0,
+        description="Of these, how many may be kept of finished requests for prompts that begin "
+        "alike; they give way to running ones. 0 keeps none",
+    )
 
     max_n: int = Field(16, ge=1, description="Choices in one /generate request")
     max_logprobs: int = Field(20, ge=0, description="Alternatives named beside each token")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from live_server import LiveServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is first imported
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by torch or by a test
 os.environ["GOMP_SPINCOUNT"] = "0"  # tests share their cores: no thread spins while it waits
 
 

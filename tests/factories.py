@@ -1,6 +1,7 @@
 """Small real things that tests build: backbones, tokenizers, inventories, engines."""
 
 import threading
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from polyhead.adapters.plan import Adapter, PreparedAdapter, RoutedTask
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -177,13 +179,18 @@ def make_engine(
     max_step_tokens: int = 32,
     kv_tokens: int = 4096,
     longest: int = 512,
+    kept: int = 0,
+    key: Callable[[Request], str] | None = None,
     **options: Any,
 ) -> Engine:
     """A real engine over a model, not started."""
-    space = KVSpace(kv_tokens, longest)
+    space = KVSpace(kv_tokens, longest, parking=kept > 0)
+    how = {} if key is None else {"key": key}
     return Engine(
         Runner(model, injection, space.capacities),
-        Scheduler(SchedulerConfig(max_running, max_step_tokens), space),
+        Scheduler(
+            SchedulerConfig(max_running, max_step_tokens), space, PrefixCache(space, kept, **how)
+        ),
         Tokenizer(byte_tokenizer(), [256]),
         collector.publish,
         **options,

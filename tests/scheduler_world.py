@@ -5,6 +5,7 @@ from factories import byte_tokenizer
 from polyhead.server.engine.answers import Answers
 from polyhead.server.engine.batch import Batch, Row, Sampled
 from polyhead.server.engine.kv_space import Clear, KVSpace, Resize
+from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.request import Event, Output, Request, SamplingParams, TokenLogprob
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
 from polyhead.server.engine.tokenizer import Tokenizer
@@ -44,9 +45,13 @@ class World:
         max_step_tokens: int = 32,
         budget: int = 10_000,
         longest: int = 512,
+        kept: int = 0,
     ) -> None:
-        self.space = KVSpace(budget, longest)
-        self.scheduler = Scheduler(SchedulerConfig(max_running, max_step_tokens), self.space)
+        self.space = KVSpace(budget, longest, parking=kept > 0)
+        config = SchedulerConfig(max_running, max_step_tokens)
+        self.prefixes = PrefixCache(self.space, kept, key=lambda request: request.generation)
+        self.kept = kept
+        self.scheduler = Scheduler(config, self.space, self.prefixes)
         self.answers = Answers(Tokenizer(byte_tokenizer()))
         self.arenas: list[list[list[int | None]]] = [[] for _ in self.space.capacities]
         self.steps = 0
@@ -55,6 +60,7 @@ class World:
         self.scores: dict[tuple[str, int], tuple[TokenLogprob, ...]] = {}
         self.first: dict[str, int] = {}  # step of a request's first token
         self.ended: dict[tuple[str, int], str] = {}
+        self.cached: dict[str, int] = {}  # tokens of the prompt, by request
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
@@ -90,6 +96,8 @@ class World:
         config = self.scheduler.config
         assert 0 < batch.tokens <= config.max_step_tokens
         assert len(self.scheduler.running) <= config.max_running
+        assert self.space.parked <= self.kept
+        assert self.space.used + self.space.parked <= self.space.budget
         assert len({id(row.sequence) for row in batch.rows}) == len(batch.rows)
         assert len({row.place for row in batch.rows}) == len(batch.rows)
         first = {id(row.sequence) for row in batch.rows[: len(decoding)]}
@@ -131,6 +139,7 @@ class World:
             assert key not in self.ended, "an event after the last one"
             self.tokens.setdefault(key, []).extend(event.token_ids)
             self.first.setdefault(event.request_id, self.steps)
+            self.cached[event.request_id] = event.cached_tokens
             if event.logprobs:
                 self.scores[key] = event.logprobs
             if event.finish_reason is not None:

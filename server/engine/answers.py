@@ -117,6 +117,7 @@ class Answers:
             (token,),
             () if found.logprob is None else (found.logprob,),
             reason,
+            cached_tokens=sequence.cached,
             prompt_logprobs=tuple(sequence.logprobs) if len(sequence.generated) == 1 else (),
         )
 
@@ -128,7 +129,8 @@ class Answers:
         self._close(sequence)
         scores = tuple(sequence.logprobs)
         tokens = tuple(sequence.generated)
-        return [Output(sequence.request.id, sequence.index, "", tokens, scores, "stop")]
+        cached = sequence.cached
+        return [Output(sequence.request.id, sequence.index, "", tokens, scores, "stop", cached)]
 
     def _end(self, request_id: str, reason: FinishReason) -> Iterator[Event]:
         if request_id not in self._open:

@@ -66,12 +66,17 @@ class KVSpace:
 
     Every change is recorded as an operation; `drain` hands the operations over, in order, to
     whoever holds the tensors.
+
+    parking: whether there are arenas, of the same capacities again, for rows that are kept and not
+    computed with. Among the others they would be attended to.
     """
 
-    def __init__(self, budget: int, longest: int) -> None:
+    def __init__(self, budget: int, longest: int, *, parking: bool = False) -> None:
         self.budget = budget
         self.longest = min(longest, budget)
-        self.capacities = row_capacities(self.longest)
+        active = row_capacities(self.longest)
+        self._active = len(active)
+        self.capacities = active * (2 if parking else 1)
         self._owners: list[list[object]] = [[] for _ in self.capacities]
         self._rows = [0] * len(self.capacities)  # rows that have memory, used or not
         self._places: dict[object, Place] = {}
@@ -80,9 +85,21 @@ class KVSpace:
 
     @property
     def used(self) -> int:
-        """Tokens of capacity in rows that somebody holds."""
-        pairs = zip(self._owners, self.capacities, strict=True)
-        return sum(len(owners) * capacity for owners, capacity in pairs)
+        """Tokens of capacity in rows that somebody computes with."""
+        return self._held(slice(None, self._active))
+
+    @property
+    def parked(self) -> int:
+        """Tokens of capacity in rows that are kept beside them."""
+        return self._held(slice(self._active, None))
+
+    def row_capacity(self, length: int) -> int:
+        """Tokens that a row for `length` tokens takes."""
+        return self.capacities[self._arena_for(length)]
+
+    def holds(self, owner: object) -> bool:
+        """Whether an owner has a row."""
+        return owner in self._places
 
     def place(self, owner: object) -> Place:
         """Where an owner's tokens are. Raises `KeyError` when it holds no row."""
@@ -94,7 +111,7 @@ class KVSpace:
 
     def reserve(self, owner: object, length: int) -> bool:
         """Give `owner` a row for `length` tokens, keeping what it holds. False when full."""
-        arena = next(i for i, capacity in enumerate(self.capacities) if capacity >= length)
+        arena = self._arena_for(length)
         old = self._places.get(owner)
         if old is None or old.arena < arena:
             if not self._take(owner, arena):
@@ -105,11 +122,12 @@ class KVSpace:
         self._lengths[owner] = max(length, self._lengths.get(owner, 0))
         return True
 
-    def fork(self, source: object, target: object, length: int) -> bool:
-        """A row for `target` that starts with the first tokens of `source`'s. False when full."""
+    def fork(self, source: object, target: object, length: int, shared: int | None = None) -> bool:
+        """A row for `target` that starts with the first tokens of `source`'s: `shared` ones, or as
+        many as there are. False when full."""
         if not self.reserve(target, length):
             return False
-        shared = min(length, self._lengths[source])
+        shared = min(length, self._lengths[source]) if shared is None else shared
         self._record_copy(self._places[source], self._places[target], shared)
         return True
 
@@ -119,6 +137,16 @@ class KVSpace:
         if place is not None:
             del self._lengths[owner]
             self._close_hole(place)
+
+    def park(self, owner: object, keeper: object, length: int) -> bool:
+        """Move the first tokens of an owner's row out of the way, for `keeper` to hold, and free
+        the row. False when full; nothing has changed then."""
+        if not self._take(keeper, self._active + self._arena_for(length)):
+            return False
+        self._lengths[keeper] = length
+        self._record_copy(self._places[owner], self._places[keeper], length)
+        self.release(owner)
+        return True
 
     def clear(self) -> None:
         """Forget all owners, rows and pending operations, together with the tensors' holder."""
@@ -132,6 +160,13 @@ class KVSpace:
         """The operations since the last call, in the order they must be carried out."""
         operations, self._operations = self._operations, []
         return operations
+
+    def _arena_for(self, length: int) -> int:
+        return next(i for i, capacity in enumerate(self.capacities) if capacity >= length)
+
+    def _held(self, arenas: slice) -> int:
+        pairs = zip(self._owners[arenas], self.capacities[arenas], strict=True)
+        return sum(len(owners) * capacity for owners, capacity in pairs)
 
     def _take(self, owner: object, arena: int) -> bool:
         if len(self._owners[arena]) == self._rows[arena] and not self._grow(arena):

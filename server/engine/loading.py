@@ -23,6 +23,7 @@ from polyhead.server.engine.backbone import (
 from polyhead.server.engine.engine import Engine, Publish, Watch
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
 from polyhead.server.engine.tokenizer import Tokenizer
@@ -57,7 +58,8 @@ class Loaded:
         device = next(self.model.parameters()).device.type
         step_tokens = settings.max_step_tokens or STEP_TOKENS.get(device, STEP_TOKENS["cuda"])
         config = SchedulerConfig(settings.max_running, max(step_tokens, settings.max_running))
-        space = KVSpace(settings.kv_cache_tokens, self.max_context)
+        kept = settings.prefix_cache_tokens
+        space = KVSpace(settings.kv_cache_tokens, self.max_context, parking=kept > 0)
         runner = Runner(self.model, self.injection, space.capacities)
         try:
             runner.probe()
@@ -65,7 +67,7 @@ class Loaded:
             raise BackboneError(f"{settings.backbone}: {exc}, which is not supported") from exc
         return Engine(
             runner,
-            Scheduler(config, space),
+            Scheduler(config, space, PrefixCache(space, kept)),
             self.tokenizer,
             publish,
             max_waiting=settings.max_waiting,

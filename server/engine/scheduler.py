@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from polyhead.server.engine.batch import Batch, Row
 from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.sequence import STEM, Sequence
 from polyhead.server.engine.waiting import WaitingLine
 
@@ -34,9 +35,12 @@ class Scheduler:
     goes to prompts, in chunks, least served task first.
     """
 
-    def __init__(self, config: SchedulerConfig, space: KVSpace) -> None:
+    def __init__(
+        self, config: SchedulerConfig, space: KVSpace, prefixes: PrefixCache | None = None
+    ) -> None:
         self.config = config
         self.space = space
+        self.prefixes = PrefixCache(space, 0) if prefixes is None else prefixes
         self.running: list[Sequence] = []
         self.stems: list[Sequence] = []  # computed prompts whose choices are not all seated yet
         self.line = WaitingLine()
@@ -53,7 +57,7 @@ class Scheduler:
                 place.remove(sequence)
         if sequence in self.line:
             self.line.remove(sequence)
-        self.space.release(sequence)
+        self._free(sequence)
         self._leave_stem(sequence)
 
     def advance(self, batch: Batch) -> None:
@@ -82,6 +86,7 @@ class Scheduler:
 
     def preempt_all(self) -> None:
         """Forget every computed token; the sequences wait again and lose nothing else."""
+        self.prefixes.clear()
         self._drop_stems()
         for sequence in list(self.running):
             self._preempt(sequence)
@@ -100,7 +105,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
         """Hold a row for one more token, preempting the least urgent others where needed."""
         while not self.space.reserve(sequence, len(sequence.tokens)):
-            if self._drop_stems():
+            if self.prefixes.give_up() or self._drop_stems():
                 continue
             victim = max(self.running, key=lambda s: s.order)
             self._preempt(victim)
@@ -122,6 +127,7 @@ class Scheduler:
                 victim = self._unfair_seat(head) if may_swap else None
                 may_swap, blocked = False, victim is None
                 if victim is not None:
+                    self._free(victim)  # its seat is wanted, not its memory
                     self._preempt(victim)
                     budget += rows.pop(victim, 0)
                     pending = [s for s in pending if s is not victim]
@@ -150,12 +156,30 @@ class Scheduler:
     def _hold_row(self, sequence: Sequence) -> bool:
         stem, length = sequence.stem, len(sequence.tokens)
         if stem is not None and self.space.fork(stem, sequence, length):
-            sequence.computed = stem.computed
+            sequence.computed, sequence.cached = stem.computed, stem.cached
             return True
-        while not self.space.reserve(sequence, length):
-            if not self._drop_stems():
+        while not self._take_row(sequence):
+            if not (self.prefixes.give_up() or self._drop_stems()):
                 return False
         return True
+
+    def _take_row(self, sequence: Sequence) -> bool:
+        """A row that begins with what was computed before for the same tokens, if anything was."""
+        found, length = self.prefixes.find(sequence), len(sequence.tokens)
+        if found is None:
+            return self.space.reserve(sequence, length)
+        prefix, shared = found
+        if not self.space.fork(prefix, sequence, length, shared):
+            return False
+        sequence.computed = shared
+        if not sequence.generated:
+            sequence.cached = shared
+        return True
+
+    def _free(self, sequence: Sequence) -> None:
+        """Let go of a row that is no longer needed; its beginning may be of use to others."""
+        if self.space.holds(sequence):
+            self.prefixes.keep(sequence)
 
     def _leave_stem(self, sequence: Sequence) -> None:
         """Free a stem once none of its choices needs it any more."""
@@ -165,7 +189,7 @@ class Scheduler:
         stem.branches.remove(sequence)
         if not stem.branches and stem in self.stems:
             self.stems.remove(stem)
-            self.space.release(stem)
+            self._free(stem)
 
     def _drop_stems(self) -> bool:
         """Give up the shared prompts; their choices will compute them on their own."""

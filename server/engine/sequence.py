@@ -24,6 +24,7 @@ class Sequence:
     tokens: list[int]
     sample: bool = True  # False: the tokens are given, only their log-probabilities are wanted
     computed: int = 0
+    cached: int = 0  # tokens of the prompt that were found computed
     seed: int = 0
     stem: "Sequence | None" = None  # holds the shared prompt's keys and values
     branches: "list[Sequence]" = field(default_factory=list)  # of a stem: who still needs it

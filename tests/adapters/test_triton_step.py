@@ -1,6 +1,5 @@
 """The Triton kernels, interpreted on the CPU, against the float32 reference."""
 
-import os
 import random
 from dataclasses import dataclass
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from factories import random_private, random_task, tiny_inventory, tiny_model

@@ -137,6 +137,7 @@ def test_no_answer_is_of_another_generation(server: LiveServer, model_folder: Pa
     assert len(answers) == REQUESTS
     assert len(seen) == len(TASKS)
     assert replaced > REQUESTS / 20
+    assert cached > REQUESTS  # or the prefix cache was not warm
     # A control: had the generations been taken for each other, every answer would be wrong.
     turned = dict(zip(seen, [*list(seen)[1:], next(iter(seen))], strict=True))
     others = {(turned[generation], prompt): text for (generation, prompt), text in truth.items()}

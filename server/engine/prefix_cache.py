@@ -1,0 +1,142 @@
+"""Rows of sequences that have ended, kept for those that begin alike. Plain bookkeeping.
+
+Keys and values depend on the adapter as much as on the tokens, so both tell what begins alike:
+a row of another task, or of a task's former generation, is never found.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from polyhead.adapters.plan import adapter_key
+from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.request import Request
+from polyhead.server.engine.sequence import Sequence as Tokens
+
+BLOCK = 16
+"""Tokens between two points at which a row can be found; shorter beginnings are not shared."""
+
+
+@dataclass(eq=False)
+class Prefix:
+    """The owner of a kept row: whose tokens it holds, and the points at which it is found."""
+
+    key: str
+    tokens: list[int]
+    marks: list[int]
+
+
+def _key(request: Request) -> str:
+    return adapter_key(request.adapter)
+
+
+class PrefixCache:
+    """At most `max_tokens` of the cache's capacity, least recently used first to go.
+
+    It lives in the memory that sequences leave free, and gives it up whenever one needs it.
+    """
+
+    def __init__(
+        self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = _key
+    ) -> None:
+        self._space = space
+        self._max_tokens = max_tokens
+        self._key = key
+        self._kept: OrderedDict[Prefix, None] = OrderedDict()
+        self._index: dict[int, list[Prefix]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def keep(self, sequence: Tokens) -> None:
+        """Take over the row of a sequence that needs it no more, if that is worth it."""
+        tokens = sequence.tokens[: sequence.computed]
+        key = self._key(sequence.request)
+        marks = list(_marks(key, tokens))
+        if not marks or not self._max_tokens or self._covered(key, tokens, marks):
+            self._space.release(sequence)
+            return
+        for shorter in self._within(key, tokens, marks):
+            self._drop(shorter)
+        prefix = Prefix(key, tokens, marks)
+        room = self._max_tokens - self._space.row_capacity(len(tokens))
+        while self._space.parked > room and self.give_up():
+            pass
+        if self._space.parked > room or not self._park(sequence, prefix):
+            self._space.release(sequence)
+            return
+        self._kept[prefix] = None
+        for mark in marks:
+            self._index.setdefault(mark, []).append(prefix)
+
+    def find(self, sequence: Tokens) -> tuple[Prefix, int] | None:
+        """The kept row that begins most like a sequence, and for how many tokens: the last one, and
+        all whose logits are wanted, are left to be computed."""
+        unscored = sequence.unscored
+        most = min([len(sequence.tokens) - 1, *([unscored.start] if unscored else [])])
+        tokens, key = sequence.tokens[:most], self._key(sequence.request)
+        best: tuple[Prefix, int] | None = None
+        for mark in _marks(key, tokens):
+            here = self._index.get(mark)
+            if not here:
+                break
+            prefix = here[-1]
+            common = _common(prefix.tokens, tokens) if prefix.key == key else 0
+            if common >= BLOCK and (best is None or common > best[1]):
+                best = prefix, common
+        if best is not None:
+            self._kept.move_to_end(best[0])
+        return best
+
+    def give_up(self) -> bool:
+        """Free the least recently used row. False where none is left."""
+        if not self._kept:
+            return False
+        self._drop(next(iter(self._kept)))
+        return True
+
+    def clear(self) -> None:
+        while self.give_up():
+            pass
+
+    def _park(self, sequence: Tokens, prefix: Prefix) -> bool:
+        while not self._space.park(sequence, prefix, len(prefix.tokens)):
+            if not self.give_up():
+                return False
+        return True
+
+    def _drop(self, prefix: Prefix) -> None:
+        del self._kept[prefix]
+        for mark in prefix.marks:
+            here = self._index[mark]
+            here.remove(prefix)
+            if not here:
+                del self._index[mark]
+        self._space.release(prefix)
+
+    def _covered(self, key: str, tokens: list[int], marks: list[int]) -> bool:
+        """Whether a kept row begins with all of these tokens; it counts as used then."""
+        for prefix in self._index.get(marks[-1], ()):
+            if prefix.key == key and prefix.tokens[: len(tokens)] == tokens:
+                self._kept.move_to_end(prefix)
+                return True
+        return False
+
+    def _within(self, key: str, tokens: list[int], marks: list[int]) -> list[Prefix]:
+        """Kept rows that are a beginning of these tokens: of no use beside them."""
+        near = {prefix for mark in marks for prefix in self._index.get(mark, ())}
+        return [p for p in near if p.key == key and tokens[: len(p.tokens)] == p.tokens]
+
+
+def _marks(key: str, tokens: Sequence[int]) -> Iterator[int]:
+    """A hash for every whole block: of the key and all tokens up to its end. Hashes only find;
+    tokens are compared before anything is shared."""
+    mark = hash(key)
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        mark = hash((mark, *tokens[end - BLOCK : end]))
+        yield mark
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
