@@ -38,7 +38,7 @@ buildah "${store[@]}" bud --isolation chroot --build-arg "BASE=$base" --build-ar
 podman "${store[@]}" image inspect "$image" --format '{{.Size}}' |
   awk '{printf "the image has %.0f MB\n", $1 / 1e6}'
 
-# No compiler, nobody's root, and a read-only root that serves and drains.
+# Without root's rights, on a read-only root, it serves and ends in good order.
 port=${PORT:-18900}
 mkdir -m 777 "$work/data"
 container=$(podman "${store[@]}" --runtime runc --cgroup-manager cgroupfs run --detach --network host \
