@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check images lint-images crash replacing fuzz bench npm suite clean
+.PHONY: setup serve test check images lint-images crash faults replacing fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -50,6 +50,10 @@ images: setup
 crash: setup
 	POLYHEAD_CRASH_ROUNDS=200 $(BIN)/pytest -s --timeout 3000 tests/server/tasks/test_crash.py \
 		tests/end_to_end/test_two_servers.py
+
+# The tests of outages, the one of PostgreSQL for half a minute.
+faults: setup
+	POLYHEAD_OUTAGE_SECONDS=30 $(BIN)/pytest -s tests/faults
 
 # 1,000 requests to a task that is replaced all the while.
 replacing: setup

@@ -66,7 +66,7 @@ def create_app(
 
     The engine runs for as long as the app's lifespan; `app.state.service` holds the parts.
     """
-    metrics = Metrics(settings.task_series)
+    metrics = Metrics(settings.task_series, {kind.code for kind in problems.KINDS.values()})
     callers = Callers(KeyRing(settings.api_keys_file) if settings.api_keys_file else None)
 
     @contextlib.asynccontextmanager

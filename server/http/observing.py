@@ -128,7 +128,7 @@ def task_readings(service: Service) -> Iterator[Reading]:
     )
     yield Reading(
         "registry_convergence_lag_seconds",
-        "From the last change of a task to all of this server following it",
+        "For how long changes of other replicas may have been missed",
         service.registry.convergence_lag,
     )
 

@@ -28,14 +28,15 @@ class Metrics:
 
     named_tasks: how many tasks may have series of their own. No metric has any other label whose
     values a client can invent.
+    refusal_codes: of the problems that calls are answered with.
     """
 
-    def __init__(self, named_tasks: int = 32) -> None:
+    def __init__(self, named_tasks: int = 32, refusal_codes: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self._top_tasks = TopTasks(named_tasks)
         self._top_lock = threading.Lock()  # the event loop counts, a scrape reads
         self._latencies()
-        self._counts()
+        self._counts(refusal_codes)
         self._steps()
         ProcessCollector(registry=self.registry)
         self.registry.register(TaskSeries(self._task_figures))
@@ -71,7 +72,7 @@ class Metrics:
             "e2e_request_latency_seconds", "From arrival to the last token", buckets.REQUEST
         )
 
-    def _counts(self) -> None:
+    def _counts(self, refusal_codes: Iterable[str]) -> None:
         counter = self._counter
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of answered requests")
         self.generation_tokens = counter("generation_tokens", "Tokens generated")
@@ -84,7 +85,9 @@ class Metrics:
         self.finished = counter(
             "request_success", "Choices that ended", "finished_reason", FINISH_REASONS
         )
-        self.refused = counter("request_refusals", "Calls answered with a problem", "code")
+        self.refused = counter(
+            "request_refusals", "Calls answered with a problem", "code", refusal_codes
+        )
         self.fit_jobs = counter("fit_jobs", "Fits that ended", "state", JOB_STATES)
         self.fit_seconds = counter("fit_seconds", "Time during which a fit ran or paused")
         self.fit_worker_deaths = counter("fit_worker_deaths", "Fitting processes lost in a fit")
