@@ -95,7 +95,8 @@ def test_however_a_request_ends_its_slot_is_free(crowded: LiveServer) -> None:
             assert crowded.client.post(path, json=request).status_code == status, (path, request)
             crowded.eventually(lambda: crowded.service.slots.pinned == 0)
         with crowded.client.stream("POST", "/generate", json=endless) as answer:
-            next(answer.iter_bytes())
+            chunks = answer.iter_bytes()  # dropping it would close the stream
+            next(chunks)
             assert crowded.service.slots.pinned == 1
         crowded.eventually(lambda: crowded.service.slots.pinned == 0)
     finally:
