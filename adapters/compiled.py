@@ -13,6 +13,9 @@ from polyhead.adapters import cpu_kernels, ops
 MOST_THREADS = 2
 """The kernels use one thread: with more than these torch's own products are faster."""
 
+READ = (torch.float32, torch.bfloat16)
+"""Activations that the kernels take. They compute in float32, whatever the backbone does."""
+
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Hidden = tuple[Floats | None, Floats | None]
@@ -23,6 +26,13 @@ def compiled_for(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels serve numbers of this kind."""
     plain = device.type == "cpu" and dtype == torch.float32
     return plain and torch.get_num_threads() <= MOST_THREADS
+
+
+def skill_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the skills of a backbone are kept in: its own dtype, but float32 for bfloat16 where the
+    kernels serve. They are small beside the backbone, and the kernels compute in nothing else."""
+    widened = dtype == torch.bfloat16 and compiled_for(torch.float32, device)
+    return torch.float32 if widened else dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,15 +121,21 @@ class CompiledStep:
     combined: CompiledCombined | None
 
     def reads(self, x: Tensor, y: Tensor) -> bool:
-        return x.dtype == y.dtype == torch.float32 and y.is_contiguous()
+        return x.dtype == y.dtype and x.dtype in READ and y.is_contiguous()
 
     def shrink(self, group: ops.SkillGroup, index: int, first: int, x: Tensor) -> Hidden:
-        """x `[N, I]` float32, contiguous; the group's number and that of its first module."""
+        """x `[N, I]` contiguous; the group's number and that of its first module."""
+        x = x.float()
         mixed = None if self.factored is None else self.factored.shrink(group, first, x)
         return mixed, None if self.combined is None else self.combined.shrink(index, x)
 
     def expand(self, group: ops.SkillGroup, first: int, g: int, hidden: Hidden, y: Tensor) -> None:
-        """Adds module g's delta onto y `[N, O]` float32, contiguous."""
+        """Adds module g's delta onto y `[N, O]`, contiguous."""
+        if y.dtype != torch.float32:
+            delta = torch.zeros(y.shape)
+            self.expand(group, first, g, hidden, delta)
+            y += delta
+            return
         mixed, low_rank = hidden
         if self.factored is not None and mixed is not None:
             self.factored.expand(group, first, g, mixed, y)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from polyhead.adapters.compiled import skill_dtype
 from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.errors import InjectionError
 from polyhead.adapters.inventory import Inventory, ModuleShape
@@ -93,7 +94,8 @@ class Injection:
         self._originals = _find_layers(model, inventory)
         groups = _shared_inputs(model, self._originals)
         weight = next(model.parameters())
-        self.slots = _pack_groups(inventory, groups, weight.device, weight.dtype)
+        dtype = skill_dtype(weight.dtype, weight.device)
+        self.slots = _pack_groups(inventory, groups, weight.device, dtype)
         order = {module.name: i for i, module in enumerate(inventory.header.modules)}
         flat = [order[name] for names in groups for name in names]
         self.planner = Planner(

@@ -139,7 +139,7 @@ class Plan:
         remembered = self._remembered(slot, x)
         if isinstance(remembered, list):
             return remembered
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).to(slot.group.a.dtype)
         hidden: list[Tensor | None] = [None]
         if self.factored is not None:
             part = self.factored

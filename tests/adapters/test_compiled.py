@@ -21,7 +21,7 @@ from polyhead.adapters.compiled import (
     compiled_for,
 )
 from polyhead.adapters.inject import inject
-from polyhead.adapters.plan import Adapter, GroupSlot, Plan
+from polyhead.adapters.plan import Adapter, GroupSlot, Plan, use_plan
 from polyhead.adapters.planner import Planner
 
 EXACT = 1e-5
@@ -238,3 +238,33 @@ def test_what_the_kernels_cannot_read_goes_through_torch(form: str) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum(1).count_nonzero() == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bfloat16_backbone_gets_deltas_as_exact_as_its_numbers(form: str) -> None:
+    """The kernels widen what it gives them; torch alone, all in bfloat16, is further off."""
+
+    def logits(dtype: torch.dtype, threads: int, turned: bool = False) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            model = tiny_model().to(dtype)
+            inventory = tiny_inventory(model)
+            injection = inject(model, inventory)
+            injection.planner.costs = FORMS[form]
+            tasks: list[Adapter] = [random_task(inventory, f"{i}", i) for i in range(3)]
+            adapters = [*tasks, random_private(inventory, 9), None]
+            counts = [1, 2, 20, 5, 3]
+            ids = torch.arange(sum(counts))[None] * 7 % 250
+            plan = injection.plan(adapters[::-1] if turned else adapters, counts)
+            assert (plan.step is not None) == (threads <= MOST_THREADS)
+            with torch.inference_mode(), use_plan(plan):
+                return model(ids).logits[0].float()
+        finally:
+            torch.set_num_threads(before)
+
+    exact = logits(torch.float32, 1)
+    compiled, plain = logits(torch.bfloat16, 1), logits(torch.bfloat16, MOST_THREADS + 1)
+    assert far(compiled, exact) < WRONG
+    assert far(compiled, exact) < 1.1 * far(plain, exact)
+    assert far(logits(torch.bfloat16, 1, turned=True), exact) > 0.3
