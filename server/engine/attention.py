@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from polyhead.adapters.compiled import compiled_for
+from polyhead.adapters.compiled import READ, compiled_for
 from polyhead.server.engine import cpu_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.kv_cache import KVStore
@@ -66,7 +66,7 @@ class StepAttention:
         self.store = store
         self._device = device
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self._compiled = compiled_for(store.dtype, device)
+        self._compiled = store.dtype in READ and compiled_for(torch.float32, device)
         self.groups, self.chunks = _arrange(rows, device)
 
     def attend(
@@ -155,8 +155,16 @@ def _decode_compiled(
 ) -> None:
     factor = np.float32(q.shape[-1] ** -0.5 if scale is None else scale)
     seen = k.shape[2] if window is None else window
-    step = (t.numpy() for t in (q, new_k, new_v, k, v))
-    cpu_attention.decode(*step, group.numbers, factor, seen, out.numpy())
+    stored = (_stored(t) for t in (new_k, new_v, k, v))
+    wide = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    numbers, found = group.numbers, wide.numpy()
+    cpu_attention.decode(q.float().numpy(), *stored, numbers, factor, seen, found)
+    if wide is not out:
+        out[group.tokens] = wide[group.tokens].to(out.dtype)
+
+
+def _stored(t: Tensor) -> NDArray[Any]:
+    return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
 
 
 def _arrange(

@@ -1,9 +1,12 @@
-"""Attention of decoding rows compiled for float32 on the CPU: it reads exactly the keys that each
-row has, once for all query heads that share them, where a product over an arena pads every row to
-the longest one. `attention` says what it computes, serves everything else and is its reference.
+"""Attention of decoding rows compiled for the CPU, in float32 over float32 or bfloat16: it reads
+exactly the keys that each row has, once for all query heads that share them, where a product over
+an arena pads every row to the longest one. `attention` says what it computes, serves everything
+else and is its reference.
 """
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from polyhead.adapters.cpu_kernels import compiled
 
@@ -11,6 +14,18 @@ ORDERED = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be taken in any order; NaN and infinity keep their meaning, they show an overflow."""
 
 f32 = np.float32
+
+
+def _wide(x):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("compiled code only")
+
+
+@overload(_wide, inline="always")
+def _widened(x):  # type: ignore[no-untyped-def]
+    """A stored number as float32: bfloat16, which numba does not know, comes as its bits."""
+    if isinstance(x, types.Integer):
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    return lambda x: x
 
 
 @compiled(inline="always", fastmath=ORDERED)
@@ -35,7 +50,7 @@ def decode(q, new_k, new_v, keys, values, numbers, scale, window, out):  # type:
 
     q, out `[N, heads, d]`; new_k, new_v `[N, kv_heads, d]`; keys, values `[rows, kv_heads,
     capacity, d]`; numbers `[n, 3]`: token, row, position; window: how many keys a query sees.
-    All float32, contiguous.
+    All contiguous; q and out float32, the others float32 too or the bits of bfloat16 as int16.
     """
     heads = q.shape[1]
     share = heads // keys.shape[1]
@@ -60,7 +75,7 @@ def _look(q, k, v, first, last, scale, scores, out):  # type: ignore[no-untyped-
     for j in range(first, last + 1):
         score = f32(0.0)
         for d in range(width):
-            score += q[d] * k[j, d]
+            score += q[d] * _wide(k[j, d])  # type: ignore[no-untyped-call]
         score *= scale
         scores[j] = score
         high = score if score > high else high
@@ -72,4 +87,4 @@ def _look(q, k, v, first, last, scale, scores, out):  # type: ignore[no-untyped-
     for j in range(first, last + 1):
         weight = scores[j] / total
         for d in range(width):
-            out[d] += weight * v[j, d]
+            out[d] += weight * _wide(v[j, d])  # type: ignore[no-untyped-call]
