@@ -4,6 +4,7 @@ Keys and values depend on the adapter as much as on the tokens, so both tell wha
 a row of another task, or of a task's former generation, is never found.
 """
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from polyhead.server.engine.sequence import Sequence as Tokens
 
 BLOCK = 16
 """Tokens between two points at which a row can be found; shorter beginnings are not shared."""
+SALT = secrets.randbits(64)
+"""So that nobody can write prompts whose marks collide, which would slow every look-up down."""
 
 
 @dataclass(eq=False)
@@ -43,7 +46,8 @@ class PrefixCache:
         self._max_tokens = max_tokens
         self._key = key
         self._kept: OrderedDict[Prefix, None] = OrderedDict()
-        self._index: dict[int, list[Prefix]] = {}
+        self._at: dict[int, dict[Prefix, None]] = {}  # by every mark, the newest last
+        self._ending: dict[int, dict[Prefix, None]] = {}  # by the last mark
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -67,7 +71,8 @@ class PrefixCache:
             return
         self._kept[prefix] = None
         for mark in marks:
-            self._index.setdefault(mark, []).append(prefix)
+            self._at.setdefault(mark, {})[prefix] = None
+        self._ending.setdefault(marks[-1], {})[prefix] = None
 
     def find(self, sequence: Tokens) -> tuple[Prefix, int] | None:
         """The kept row that begins most like a sequence, and for how many tokens: the last one, and
@@ -75,18 +80,19 @@ class PrefixCache:
         unscored = sequence.unscored
         most = min([len(sequence.tokens) - 1, *([unscored.start] if unscored else [])])
         tokens, key = sequence.tokens[:most], self._key(sequence.request)
-        best: tuple[Prefix, int] | None = None
+        farthest: dict[Prefix, None] = {}
         for mark in _marks(key, tokens):
-            here = self._index.get(mark)
-            if not here:
+            if mark not in self._at:
                 break
-            prefix = here[-1]
-            common = _common(prefix.tokens, tokens) if prefix.key == key else 0
-            if common >= BLOCK and (best is None or common > best[1]):
-                best = prefix, common
-        if best is not None:
-            self._kept.move_to_end(best[0])
-        return best
+            farthest = self._at[mark]
+        prefix = next(reversed(farthest), None)
+        if prefix is None or prefix.key != key:
+            return None
+        common = _common(prefix.tokens, tokens)
+        if common < BLOCK:
+            return None
+        self._kept.move_to_end(prefix)
+        return prefix, common
 
     def give_up(self) -> bool:
         """Free the least recently used row. False where none is left."""
@@ -108,15 +114,13 @@ class PrefixCache:
     def _drop(self, prefix: Prefix) -> None:
         del self._kept[prefix]
         for mark in prefix.marks:
-            here = self._index[mark]
-            here.remove(prefix)
-            if not here:
-                del self._index[mark]
+            _take_out(self._at, mark, prefix)
+        _take_out(self._ending, prefix.marks[-1], prefix)
         self._space.release(prefix)
 
     def _covered(self, key: str, tokens: list[int], marks: list[int]) -> bool:
         """Whether a kept row begins with all of these tokens; it counts as used then."""
-        for prefix in self._index.get(marks[-1], ()):
+        for prefix in self._at.get(marks[-1], ()):
             if prefix.key == key and prefix.tokens[: len(tokens)] == tokens:
                 self._kept.move_to_end(prefix)
                 return True
@@ -124,14 +128,20 @@ class PrefixCache:
 
     def _within(self, key: str, tokens: list[int], marks: list[int]) -> list[Prefix]:
         """Kept rows that are a beginning of these tokens: of no use beside them."""
-        near = {prefix for mark in marks for prefix in self._index.get(mark, ())}
+        near = [prefix for mark in marks for prefix in self._ending.get(mark, ())]
         return [p for p in near if p.key == key and tokens[: len(p.tokens)] == p.tokens]
+
+
+def _take_out(index: dict[int, dict[Prefix, None]], mark: int, prefix: Prefix) -> None:
+    del index[mark][prefix]
+    if not index[mark]:
+        del index[mark]
 
 
 def _marks(key: str, tokens: Sequence[int]) -> Iterator[int]:
     """A hash for every whole block: of the key and all tokens up to its end. Hashes only find;
     tokens are compared before anything is shared."""
-    mark = hash(key)
+    mark = hash((SALT, key))
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
         mark = hash((mark, *tokens[end - BLOCK : end]))
         yield mark
