@@ -48,20 +48,20 @@ images: setup
 
 # The long form of the tests that kill the server, 200 rounds.
 crash: setup
-	POLYHEAD_CRASH_ROUNDS=200 $(BIN)/pytest -s --timeout 3000 tests/server/tasks/test_crash.py \
+	TEST_CRASH_ROUNDS=200 $(BIN)/pytest -s --timeout 3000 tests/server/tasks/test_crash.py \
 		tests/end_to_end/test_two_servers.py
 
 # The tests of outages, the one of PostgreSQL for half a minute.
 faults: setup
-	POLYHEAD_OUTAGE_SECONDS=30 $(BIN)/pytest -s tests/faults
+	TEST_OUTAGE_SECONDS=30 $(BIN)/pytest -s tests/faults
 
 # 1,000 requests to a task that is replaced all the while.
 replacing: setup
-	POLYHEAD_REPLACING_REQUESTS=1000 $(BIN)/pytest -s tests/end_to_end/test_replacing.py
+	TEST_REPLACING_REQUESTS=1000 $(BIN)/pytest -s tests/end_to_end/test_replacing.py
 
 # Over 10,000 calls that fit the description or do not, and 200,000 mutated tensors and templates.
 fuzz: setup
-	POLYHEAD_FUZZ_EXAMPLES=400 POLYHEAD_FUZZ_RUNS=200000 $(BIN)/pytest -s --timeout=7200 tests/fuzz
+	TEST_FUZZ_EXAMPLES=400 TEST_FUZZ_RUNS=200000 $(BIN)/pytest -s --timeout=7200 tests/fuzz
 
 # OpenAI's JavaScript client, which a test runs against the server. Without npm the test says so.
 npm: $(if $(shell command -v npm),$(NPM_CLIENT))

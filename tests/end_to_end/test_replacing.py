@@ -23,7 +23,7 @@ from oracles import merged
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import RoutedTask
 
-REQUESTS = int(os.environ.get("POLYHEAD_REPLACING_REQUESTS", "120"))
+REQUESTS = int(os.environ.get("TEST_REPLACING_REQUESTS", "120"))
 TASK = "flips"
 TOKENS = 12
 ASKERS = 4

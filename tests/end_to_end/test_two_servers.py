@@ -113,7 +113,7 @@ def test_a_replaced_task_is_never_a_mix(pair: Pair) -> None:
 
 
 @pytest.mark.skipif(
-    "POLYHEAD_CRASH_ROUNDS" not in os.environ, reason="takes a minute: a part of `make crash`"
+    "TEST_CRASH_ROUNDS" not in os.environ, reason="takes a minute: a part of `make crash`"
 )
 def test_a_fit_is_run_by_one_server_and_taken_over_when_that_dies(
     model_folder: Path, tmp_path: Path, postgresql: PostgresServer

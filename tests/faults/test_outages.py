@@ -14,7 +14,7 @@ import pytest
 from postgres_server import PostgresServer
 from server_process import ServerProcess, server_process
 
-OUTAGE_SECONDS = float(os.environ.get("POLYHEAD_OUTAGE_SECONDS", "2"))
+OUTAGE_SECONDS = float(os.environ.get("TEST_OUTAGE_SECONDS", "2"))
 CONNECTIONS = 1000
 
 

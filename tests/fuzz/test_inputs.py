@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("atheris") is None, reason="atheris has no build for this platform"
 )
 
-RUNS = os.environ.get("POLYHEAD_FUZZ_RUNS", "4000")
+RUNS = os.environ.get("TEST_FUZZ_RUNS", "4000")
 HANG_SECONDS = 10
 MOST_MEBIBYTES = 1536
 """Torch and its libraries take a third of it before the first run."""

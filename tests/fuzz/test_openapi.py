@@ -26,7 +26,7 @@ from server_process import ServerProcess, server_process
 
 from polyhead.server.http.keys import hash_of, new_key
 
-EXAMPLES = int(os.environ.get("POLYHEAD_FUZZ_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("TEST_FUZZ_EXAMPLES", "6"))
 """For each call."""
 KEY = new_key()
 HEADERS = {"Authorization": f"Bearer {KEY}"}

@@ -18,7 +18,7 @@ from polyhead.server.tasks.dialects import FILE_NAME
 from polyhead.server.tasks.errors import UnknownTask
 from polyhead.server.tasks.registry import Registry
 
-ROUNDS = int(os.environ.get("POLYHEAD_CRASH_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("TEST_CRASH_ROUNDS", "8"))
 LAYOUT = Layout(tuple(f"m.{block}.q" for block in range(100)), heads=8, skills=8)
 
 
