@@ -7,7 +7,6 @@ use `ray_cluster`, which runs it, so that nothing of Ray is loaded into their pr
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from ports import free_port
 
 REPLICAS = 2
 CORES = 2
@@ -48,9 +48,7 @@ def ray_cluster(folder: Path, data_dir: Path, **changes: Any) -> Iterator[RayClu
     """The application on two machines, over the model in `folder`."""
     from live_server import settings_for
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = settings_for(folder, data_dir, port=port, **changes)
     # Paths of Ray's sockets must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as home:

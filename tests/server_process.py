@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 from live_server import settings_for
+from ports import free_port
 
 SCRIPT = """
 import sys
@@ -38,9 +38,7 @@ class ServerProcess:
 @contextlib.contextmanager
 def server_process(folder: Path, data_dir: Path, **changes: Any) -> Iterator[ServerProcess]:
     """A ready server over the model in `folder`; ended by force when the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = settings_for(folder, data_dir, port=port, **changes)
     command = [sys.executable, "-c", SCRIPT, settings.model_dump_json()]
     with (
@@ -48,13 +46,14 @@ def server_process(folder: Path, data_dir: Path, **changes: Any) -> Iterator[Ser
         subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process,
     ):
         try:
-            _wait_until_ready(client, process)
+            wait_until_ready(client, process)
             yield ServerProcess(process, client)
         finally:
             process.kill()
 
 
-def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    """Until it takes requests. Whatever listens on the port may answer before it does."""
     end = time.monotonic() + 90
     while True:
         with contextlib.suppress(httpx.TransportError):

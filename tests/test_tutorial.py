@@ -5,7 +5,6 @@ import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -65,9 +65,7 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     assert (language, command) == ("sh", "make serve\n")
     for name in ("SmolLM2-135M-Instruct", "inventory"):
         (tmp_path / name).symlink_to(DATA / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The set-up is what these tests run in already.
     make = [*command.split(), "--old-file=setup", f"PORT={port}", f"DATA={tmp_path}"]
     with subprocess.Popen(make, cwd=ROOT, start_new_session=True) as process:

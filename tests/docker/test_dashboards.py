@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from live_server import TASKS
+from ports import free_port
 from server_process import ServerProcess, server_process
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -70,9 +70,7 @@ def test_the_rules_tell_what_their_own_tests_say() -> None:
 
 @contextlib.contextmanager
 def prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     config = folder / "prometheus.yml"
     config.write_text(CONFIG.format(rules=RULES, target=target))
     command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]

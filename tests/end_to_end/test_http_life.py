@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 from live_server import CONTEXT, LiveServer, serving, settings_for
+from ports import free_port
 from safetensors.torch import save
 from torch import nn
 
@@ -257,9 +258,7 @@ sys.exit(run(Settings.model_validate_json(sys.argv[1])))
 @contextlib.contextmanager
 def process(model_folder: Path, data_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """The server as a process of its own, ready, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = settings_for(model_folder, data_dir, port=port)
     command = [sys.executable, "-c", SCRIPT, settings.model_dump_json()]
     url = f"http://127.0.0.1:{port}"

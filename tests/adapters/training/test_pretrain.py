@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from factories import byte_tokenizer, save_backbone, tiny_model
+from ports import free_port
 from training_world import examples
 
 from polyhead.adapters.errors import BackboneMismatch
@@ -309,9 +309,3 @@ def test_two_processes_learn_what_one_does(world: Path, tmp_path: Path) -> None:
     assert one.header.provenance["losses"] == pytest.approx(
         two.header.provenance["losses"], rel=1e-2
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,16 +1,15 @@
 """`polyhead scale`: what is wrong is told at once; a cluster of one answers and drains."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from ports import free_port
+from server_process import wait_until_ready
 
 COMMAND = [sys.executable, "-c", "from polyhead.server.cli import app; app()", "scale"]
 
@@ -42,9 +41,7 @@ def test_a_cluster_of_one_machine_answers_and_ends_in_good_order(
     model_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install polyhead[scale]")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [*COMMAND, *flags(model_folder, tmp_path), "--port", str(port)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with (
@@ -60,15 +57,3 @@ def test_a_cluster_of_one_machine_answers_and_ends_in_good_order(
             assert process.wait(60) == 0, (tmp_path / "log").read_text()
         finally:
             process.kill()
-
-
-def wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """Before the application is there, Serve's proxy answers for itself."""
-    end = time.monotonic() + 120
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if client.get("/health/ready").status_code == 200:
-                return
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.2)
