@@ -54,7 +54,7 @@ class Job:
     started_at: datetime | None  # of the newest start
     ended_at: datetime | None
     owner: str | None = None  # the server that runs it
-    lease: datetime | None = None  # when that server is taken for dead, unless it says otherwise
+    lease: datetime | None = None  # renewed while that server lives: a sign of life, no deadline
 
     @property
     def is_open(self) -> bool:

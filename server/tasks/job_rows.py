@@ -11,7 +11,6 @@ from sqlalchemy import (
     Row,
     Select,
     delete,
-    exists,
     func,
     insert,
     select,
@@ -82,10 +81,11 @@ def renew(connection: Connection, owner: str, lease: datetime) -> None:
     connection.execute(update_rows(jobs).where(*wanted).values(lease=lease))
 
 
-def any_expired(connection: Connection) -> bool:
-    """Whether a running job's server was not heard of for too long."""
-    late = (jobs.c.state == "running", jobs.c.lease < now(connection))
-    return bool(connection.scalar(select(exists().where(*late))))
+def leases_of_others(connection: Connection, owner: str) -> set[tuple[str, datetime]]:
+    """Ids of the jobs that other servers run, each with its lease."""
+    wanted = (jobs.c.state == "running", jobs.c.owner != owner, jobs.c.lease.is_not(None))
+    rows = connection.execute(select(jobs.c.id, jobs.c.lease).where(*wanted))
+    return {(row.id, row.lease) for row in rows}
 
 
 def page(

@@ -1,6 +1,7 @@
 """The durable jobs: every change of their states."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -42,14 +43,22 @@ class Jobs:
     What a call changed is on disk when it returns. Every method raises `RegistryUnavailable` where
     the database or its disk refuses.
 
-    max_open: jobs that may be queued or running.
+    max_open: jobs that may be queued or running. clock: seconds, which nobody sets.
     """
 
-    def __init__(self, registry: Registry, max_open: int = 256) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        max_open: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._registry = registry
         self._database = registry.database
         self._max_open = max_open
+        self._clock = clock
         self._owner = "alone"
+        self._heard: dict[tuple[str, datetime], float] = {}  # leases of others, since when seen
+        self._looked = clock()
 
     @property
     def data_dir(self) -> Path:
@@ -198,7 +207,7 @@ class Jobs:
         Returns the batches that will be resumed.
         """
         with self._database.write() as connection:
-            self._requeue(connection, own=True)
+            self._requeue(connection, lambda job: job.owner in (self._owner, None))
             return {job.batch for job in job_rows.oldest(connection, "queued") if job.batch}
 
     def renew(self) -> set[str]:
@@ -212,19 +221,26 @@ class Jobs:
         return held
 
     def recover_expired(self) -> None:
-        """Queue again the jobs of servers that were not heard of for `LEASE_SECONDS`."""
-        with self._database.read() as connection:
-            expired = job_rows.any_expired(connection)
-        if expired:
-            with self._database.write() as connection:
-                self._requeue(connection, own=False)
+        """Queue again the jobs of servers that were not heard of for `LEASE_SECONDS`.
 
-    def _requeue(self, connection: Connection, own: bool) -> None:
-        now = job_rows.now(connection)
-        for job in job_rows.oldest(connection, "running"):
-            is_own = own and job.owner in (self._owner, None)
-            if not is_own and (job.lease is None or job.lease >= now):
-                continue
+        A lease counts as a sign of life: it is the same for that long by this process's own clock,
+        whatever the time of day is here or in the database. It has to be called more often than
+        that; after an outage, in which nobody could renew anything, everyone has that long anew.
+        """
+        with self._database.read() as connection:
+            leases = job_rows.leases_of_others(connection, self._owner)
+        before, self._looked = self._looked, self._clock()
+        if self._looked - before > LEASE_SECONDS:
+            self._heard.clear()
+        now = self._looked
+        self._heard = {lease: self._heard.get(lease, now) for lease in leases}
+        silent = {lease for lease, since in self._heard.items() if now - since >= LEASE_SECONDS}
+        if silent:
+            with self._database.write() as connection:
+                self._requeue(connection, lambda job: (job.id, job.lease) in silent)
+
+    def _requeue(self, connection: Connection, lost: Callable[[Job], bool]) -> None:
+        for job in filter(lost, job_rows.oldest(connection, "running")):
             if job.attempts >= MAX_ATTEMPTS:
                 error = f"the server ended {job.attempts} times while the job was running"
                 _end(connection, job, "failed", error=error)

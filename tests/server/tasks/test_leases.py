@@ -1,16 +1,18 @@
 """Jobs of several servers: none runs another's, and a dead one's are taken over."""
 
+import itertools
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
 from polyhead.adapters.routing import Routing
 from polyhead.server.tasks import job_rows
 from polyhead.server.tasks.errors import JobTakenOver
 from polyhead.server.tasks.job import FitExample, Order
-from polyhead.server.tasks.jobs import Jobs
+from polyhead.server.tasks.jobs import LEASE_SECONDS, Jobs
 from polyhead.server.tasks.leases import Leases, own_name
 from polyhead.server.tasks.registry import Registry
 
@@ -18,19 +20,37 @@ Make = Callable[..., Routing]
 ORDER = Order((FitExample("one", "1"),), "{input}")
 
 
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def servers(open_registry: Callable[..., Registry]) -> tuple[Jobs, Jobs]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def servers(open_registry: Callable[..., Registry], clock: Clock) -> tuple[Jobs, Jobs]:
     """Two servers on one database."""
-    one, other = Jobs(open_registry()), Jobs(open_registry())
+    one, other = Jobs(open_registry()), Jobs(open_registry(), clock=clock)
     one.run_as("one")
     other.run_as("other")
     return one, other
 
 
-def let_lease_pass(jobs: Jobs, job_id: str) -> None:
-    with jobs._database.write() as connection:
-        past = job_rows.now(connection) - timedelta(seconds=5)
-        job_rows.update(connection, job_id, {"lease": past})
+def look_on(jobs: Jobs, clock: Clock, seconds: float = LEASE_SECONDS) -> None:
+    """Look for silent servers every few seconds, `seconds` long."""
+    end = clock.now + seconds
+    jobs.recover_expired()
+    while clock.now < end:
+        clock.now = min(end, clock.now + LEASE_SECONDS / 3)
+        jobs.recover_expired()
 
 
 def test_a_live_servers_job_is_left_alone(servers: tuple[Jobs, Jobs]) -> None:
@@ -50,16 +70,15 @@ def test_a_live_servers_job_is_left_alone(servers: tuple[Jobs, Jobs]) -> None:
 
 
 def test_a_dead_servers_job_is_taken_over_and_its_late_result_refused(
-    servers: tuple[Jobs, Jobs], routing: Make
+    servers: tuple[Jobs, Jobs], clock: Clock, routing: Make
 ) -> None:
     one, other = servers
     job = one.submit_new("t", ORDER)
     one.take(4)
     assert one.renew() == {job.id}
-    other.recover_expired()
+    look_on(other, clock, LEASE_SECONDS - 1)
     assert one.get(job.id).state == "running"  # its lease holds: a control
-    let_lease_pass(one, job.id)
-    other.recover_expired()
+    look_on(other, clock, 1)
     assert other.get(job.id).state == "queued"
     assert [taken.id for taken, _ in other.take(4)] == [job.id]
     assert one.renew() == set()
@@ -68,14 +87,39 @@ def test_a_dead_servers_job_is_taken_over_and_its_late_result_refused(
     assert other.succeed(job.id, routing(2), {"method": "z"}).state == "succeeded"
 
 
-def test_renewing_keeps_a_lease(servers: tuple[Jobs, Jobs]) -> None:
+@pytest.mark.parametrize("hours", [-30, 0, 30])
+def test_renewing_keeps_a_lease_whatever_the_time_of_day(
+    servers: tuple[Jobs, Jobs], clock: Clock, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
     one, other = servers
     job = one.submit_new("t", ORDER)
     one.take(4)
-    let_lease_pass(one, job.id)
-    one.renew()
+    right, ticks = job_rows.now, itertools.count()
+
+    def jumped(connection: Connection) -> datetime:
+        return right(connection) + timedelta(hours=hours, seconds=next(ticks))
+
+    monkeypatch.setattr(job_rows, "now", jumped)
+    for _ in range(10):
+        one.renew()
+        look_on(other, clock, LEASE_SECONDS / 3)
+    assert (one.get(job.id).owner, one.get(job.id).attempts) == ("one", 1)
+    look_on(other, clock)  # and silence is noticed, too
+    assert one.get(job.id).state == "queued"
+
+
+def test_an_outage_of_the_database_is_no_ones_silence(
+    servers: tuple[Jobs, Jobs], clock: Clock
+) -> None:
+    one, other = servers
+    job = one.submit_new("t", ORDER)
+    one.take(4)
     other.recover_expired()
-    assert one.get(job.id).owner == "one"
+    clock.now += 2 * LEASE_SECONDS  # without a look
+    other.recover_expired()
+    assert one.get(job.id).state == "running"
+    look_on(other, clock)
+    assert one.get(job.id).state == "queued"
 
 
 def test_a_server_that_starts_again_goes_on_with_its_own_jobs_at_once(
