@@ -154,6 +154,18 @@ class Settings(BaseSettings):
     task_series: int = Field(
         32, ge=0, le=1024, description="Busiest tasks that have metrics of their own"
     )
+    stream_stall_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=86400,
+        description="How long a client may leave what it is sent unread before it is cut off",
+    )
+    max_unread_outputs: int = Field(
+        4096,
+        ge=1024,
+        description="Outputs, one a token, kept for a stream whose client does not read; one more "
+        "ends its request",
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,17 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(folder: Path, data_dir: Path, **changes: Any) -> Iterator[ServerProcess]:
+def server_process(
+    folder: Path, data_dir: Path, environment: Mapping[str, str] | None = None, **changes: Any
+) -> Iterator[ServerProcess]:
     """A ready server over the model in `folder`; ended by force when the block ends."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
     port = free_port()
     settings = settings_for(folder, data_dir, port=port, **changes)
     command = [sys.executable, "-c", SCRIPT, settings.model_dump_json()]
     with (
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client,
-        subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as process,
+        subprocess.Popen(command, env=variables) as process,
     ):
         try:
             wait_until_ready(client, process)

@@ -72,7 +72,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         told = witnesses(settings, loaded.tokenizer)
-        bridge = Bridge(asyncio.get_running_loop(), metrics, told.all)
+        bridge = Bridge(asyncio.get_running_loop(), metrics, told.all, settings.max_unread_outputs)
         app.state.service = service = _service(settings, loaded, registry, bridge, metrics, callers)
         watch(service)
         registry.follow()

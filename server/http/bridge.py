@@ -10,7 +10,7 @@ from starlette.types import Receive
 from polyhead.server.engine.errors import EngineDead
 from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.http.callers import Caller, the_caller
-from polyhead.server.http.errors import ClientGone, GenerationFailed, InvalidValue
+from polyhead.server.http.errors import ClientGone, GenerationFailed, InvalidValue, ReaderTooSlow
 from polyhead.server.logs import current_call
 from polyhead.server.metrics import Metrics, Stopwatch, Witness
 from polyhead.server.tasks.slots import in_use
@@ -39,14 +39,15 @@ class Answering(Protocol):
 class Answer:
     """The outputs of one request, on the event loop, in the order the engine made them.
 
-    It holds at most what `max_tokens` and `n` let the engine make, however slow its reader.
+    It holds at most `most` outputs that nobody has read; with one more, the request ends.
     """
 
     def __init__(
-        self, request: Request, engine: Answering, stopwatch: Stopwatch, caller: Caller
+        self, request: Request, engine: Answering, stopwatch: Stopwatch, caller: Caller, most: int
     ) -> None:
         self.request = request
         self._caller = caller
+        self._most = most
         self._engine = engine
         self._stopwatch = stopwatch
         self._open = len(request.continuations) or request.params.n
@@ -72,6 +73,9 @@ class Answer:
         self._stopwatch.saw(event)
         if not self.request.continuations:  # those were charged with the prompt
             self._caller.charge(len(event.token_ids))
+        if len(self._arrived) >= self._most:
+            self._give_up()
+            return
         self._arrived.append(event)
         if event.finish_reason is not None:
             self._open -= 1
@@ -99,6 +103,13 @@ class Answer:
             self._stopwatch.ended("error", type(error).__name__)
             self._news.set()
 
+    def _give_up(self) -> None:
+        """Free the request's seats now: whoever should read is asleep and cannot."""
+        if not self.complete:
+            self._engine.abort(self.request.id)
+            self._arrived.clear()
+            self.fail(ReaderTooSlow(self._most))
+
     async def batches(self) -> AsyncIterator[list[Output]]:
         """Everything that arrived since the last batch, until the request is complete.
 
@@ -123,6 +134,7 @@ class Bridge:
 
     `publish` and `died` are called on the engine's thread, everything else on the event loop.
     witnesses: told of every request that the engine took in, when it is over.
+    most_unread: outputs kept of one request for whoever reads them late.
     """
 
     def __init__(
@@ -130,10 +142,12 @@ class Bridge:
         loop: asyncio.AbstractEventLoop,
         metrics: Metrics,
         witnesses: Sequence[Witness] = (),
+        most_unread: int = 4096,
     ) -> None:
         self._loop = loop
         self._metrics = metrics
         self._witnesses = witnesses
+        self._most_unread = most_unread
         self._answers: dict[str, Answer] = {}
         self.death: BaseException | None = None
 
@@ -158,7 +172,7 @@ class Bridge:
         """
         caller = the_caller()
         stopwatch = Stopwatch(self._metrics, request, self._witnesses)
-        answer = Answer(request, engine, stopwatch, caller)
+        answer = Answer(request, engine, stopwatch, caller, self._most_unread)
         self._answers[request.id] = answer
         _note_call(request)
         try:

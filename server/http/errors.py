@@ -19,6 +19,7 @@ CallError               base; each kind is answered with one status
 ├── TokenRateExceeded   the key's tokens per minute are used up
 ├── TooManyAtOnce       as many of the key's calls run as may
 ├── GenerationFailed    the step that the request was part of raised
+├── ReaderTooSlow       the client left more of its stream unread than is kept
 ├── ReplicaLost         the replica that had the call is gone
 ├── DeadlinePassed      the deadline came before an answer that has no partial form
 └── ClientGone          the client left before its answer; nobody reads this one
@@ -170,6 +171,13 @@ class TooManyAtOnce(CallError):
 
 class GenerationFailed(CallError):
     """The step that the request was part of raised."""
+
+
+class ReaderTooSlow(CallError):
+    """The client left more of its stream unread than the server keeps."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the client left {limit} outputs unread, and no more are kept")
 
 
 class ReplicaLost(CallError):

@@ -117,6 +117,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     http.TooManyRequests: Kind(429, "request_rate_exceeded", "Too many requests"),
     http.TokenRateExceeded: Kind(429, "token_rate_exceeded", "Too many tokens"),
     http.TooManyAtOnce: Kind(429, "too_many_at_once", "Too many requests at once"),
+    http.ReaderTooSlow: Kind(408, "reader_too_slow", "The stream was not read"),
     http.ReplicaLost: Kind(503, "replica_lost", "The replica is gone"),
     http.DeadlinePassed: Kind(504, "deadline_passed", "The deadline has passed"),
     http.GenerationFailed: Kind(500, "generation_failed", "The request failed in the engine"),

@@ -14,6 +14,7 @@ from polyhead.server.config import Settings
 from polyhead.server.engine.loading import load
 from polyhead.server.http.app import create_app
 from polyhead.server.http.auth import is_loopback
+from polyhead.server.http.connection import cutting_off
 from polyhead.server.http.keys import KeysFileError, read_keys
 from polyhead.server.http.service import Service
 from polyhead.server.tasks.options import Options
@@ -39,6 +40,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 ws="none",
+                http=cutting_off(settings.stream_stall_seconds),
                 timeout_keep_alive=65,
                 timeout_graceful_shutdown=FLUSH_SECONDS,
             )
