@@ -17,7 +17,7 @@ WIDENED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 every product of two such numbers exactly."""
 
 
-VARYING = ("tokens", "parts", "g", "first", "module")
+VARYING = ("tokens", "parts", "g", "first", "module", "tile")
 """What differs from launch to launch: no kernel is compiled anew for a special value of these."""
 
 
@@ -98,14 +98,80 @@ def factored_shrink(  # type: ignore[no-untyped-def]
 
 @kernel
 def factored_expand(  # type: ignore[no-untyped-def]
-    y,  # [*, H*outer]
-    b,  # [H, S*r, outer]
+    y0,  # [*, H*outer0], and so on: up to three modules of a group
+    y1,
+    y2,
+    b0,  # [H, S*r, outer0], and so on
+    b1,
+    b2,
+    outer0,
+    outer1,
+    outer2,
+    stride0,  # between the rows of y0, and so on
+    stride1,
+    stride2,
     weights,  # [*, M, H, S]
     positions,  # [tokens]
     rows,  # [tokens]
     mixed,  # [P, tokens, G, r] float32
     tokens,
+    parts,
+    g,  # number of the first of these modules in the group
+    module,  # and in the weights
+    row_stride,
+    module_stride,
+    HEADS: tl.constexpr,
+    SKILLS: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    MODULES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Some tokens, one head, some outputs of one module: adds `sum_s w[h,s] v B[h,s]` onto y.
+
+    The tiles of all modules stand in a row, so that a group is one launch."""
+    tile = tl.program_id(2)
+    tiles0 = tl.cdiv(outer0, BLOCK_O)
+    tiles1 = tiles0 + tl.cdiv(outer1, BLOCK_O)
+    if tile < tiles0:
+        _expand(
+            y0, b0, outer0, stride0, tile, weights, positions, rows, mixed, tokens, parts, g, module,
+            row_stride, module_stride,
+            HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+        )  # fmt: skip
+    if MODULES > 1:
+        if (tile >= tiles0) & (tile < tiles1):
+            _expand(
+                y1, b1, outer1, stride1, tile - tiles0, weights, positions, rows, mixed,
+                tokens, parts,
+                g + 1, module + 1, row_stride, module_stride,
+                HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+            )  # fmt: skip
+    if MODULES > 2:
+        if tile >= tiles1:
+            _expand(
+                y2, b2, outer2, stride2, tile - tiles1, weights, positions, rows, mixed,
+                tokens, parts,
+                g + 2, module + 2, row_stride, module_stride,
+                HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+            )  # fmt: skip
+
+
+@kernel
+def _expand(  # type: ignore[no-untyped-def]
+    y,
+    b,
     outer,
+    stride,
+    tile,
+    weights,
+    positions,
+    rows,
+    mixed,
+    tokens,
     parts,
     g,
     module,
@@ -120,11 +186,10 @@ def factored_expand(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Some tokens, one head, some of its outputs: adds `sum_s w[h,s] v B[h,s]` onto y."""
     h = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = n < tokens
-    o = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     r = tl.arange(0, BLOCK_R)
     v = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for part in range(parts):
@@ -146,7 +211,7 @@ def factored_expand(  # type: ignore[no-untyped-def]
         at = b + (h * SKILLS * RANK + own * RANK + j)[:, None] * outer + o[None, :]
         panel = tl.load(at, mask=exists[:, None] & (o < outer)[None, :], other=0.0)
         total = _dot(hidden.to(panel.dtype), panel, total)
-    at = y + position[:, None] * (HEADS * outer) + h * outer + o[None, :]
+    at = y + position[:, None] * stride + h * outer + o[None, :]
     mask = live[:, None] & (o < outer)[None, :]
     base = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, (base + total).to(y.dtype.element_ty), mask=mask)
@@ -206,6 +271,7 @@ def combined_expand(  # type: ignore[no-untyped-def]
     hidden,  # [P, tokens, widest] float32
     tokens,
     width,
+    stride,  # between the rows of y
     parts,
     widest,
     BLOCK_N: tl.constexpr,
@@ -235,7 +301,7 @@ def combined_expand(  # type: ignore[no-untyped-def]
         else:
             total = _dot(low.to(panel.dtype), panel, total)
     position = tl.load(positions + first + i, mask=i < count, other=0).to(tl.int64)
-    at = y + position[:, None] * width + o[None, :]
+    at = y + position[:, None] * stride + o[None, :]
     mask = (i < count)[:, None] & (o < width)[None, :]
     if rank > 0:
         base = tl.load(at, mask=mask, other=0.0).to(tl.float32)

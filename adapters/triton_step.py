@@ -15,6 +15,12 @@ WIDEST_TILE = 128
 """Columns of skills and ranks that one program holds."""
 SMALLEST = 16
 """Least side of a tile that the tensor cores take."""
+MOST_PARTS = 16
+"""Of one shrink: every program of the expand adds them up again."""
+TOGETHER = 3
+"""Modules of a group that one launch of the expand takes."""
+EXPAND_TILE = 128
+"""Most outputs of one program of the factored expand."""
 INTERPRETED = 4
 """Programs per launch where the kernels are interpreted: each of them is slow."""
 
@@ -90,7 +96,7 @@ class TritonFactored:
         tokens, inner = len(self.positions), group.a.shape[1]
         tiles, block = _SkillTiles.of(group), _tokens_block(tokens)
         blocks = triton.cdiv(tokens, block)
-        wanted = _programs(x.device) // (blocks * group.size * tiles.blocks)
+        wanted = min(MOST_PARTS, _programs(x.device) // (blocks * group.size * tiles.blocks))
         head_splits = _divisor(group.heads, wanted)
         block_k = _tile(inner, 64)
         splits, each = _splits(wanted // head_splits, inner, block_k)
@@ -107,16 +113,32 @@ class TritonFactored:
 
     def expand(self, group: ops.SkillGroup, first: int, g: int, mixed: Tensor, y: Tensor) -> None:
         """Adds module g's delta onto y `[N, O]`, contiguous."""
-        tokens, outer = len(self.positions), group.b[g].shape[2]
+        self._expand(group, first, g, mixed, [y])
+
+    def expand_all(
+        self, group: ops.SkillGroup, first: int, mixed: Tensor, outputs: Sequence[Tensor]
+    ) -> None:
+        """Adds the deltas of all the group's modules onto their outputs `[N, O_g]`, each row of
+        which is contiguous: they may be columns of one product."""
+        for g in range(0, group.size, TOGETHER):
+            self._expand(group, first, g, mixed, outputs[g : g + TOGETHER])
+
+    def _expand(
+        self, group: ops.SkillGroup, first: int, g: int, mixed: Tensor, ys: Sequence[Tensor]
+    ) -> None:
+        tokens, outers = len(self.positions), [b.shape[2] for b in group.b[g : g + len(ys)]]
         tiles, block = _SkillTiles.of(group), _tokens_block(tokens)
-        block_o = _tile(outer, 64)
-        grid = triton.cdiv(tokens, block), group.heads, triton.cdiv(outer, block_o)
+        block_o = _tile(max(outers), EXPAND_TILE)
+        grid = triton.cdiv(tokens, block), group.heads, sum(triton.cdiv(o, block_o) for o in outers)
+        empty = TOGETHER - len(ys)
         triton_ops.factored_expand[grid](
-            y, group.b[g], self.weights, self.positions, self.rows, mixed,
-            tokens, outer, len(mixed), g, first + g,
-            self.weights.stride(0), self.weights.stride(1),
+            *ys, *[ys[0]] * empty, *group.b[g : g + len(ys)], *[group.b[g]] * empty,
+            *outers, *[0] * empty, *[y.stride(0) for y in ys], *[0] * empty,
+            self.weights, self.positions, self.rows, mixed,
+            tokens, len(mixed), g, first + g, self.weights.stride(0), self.weights.stride(1),
             HEADS=group.heads, SKILLS=group.skills, RANK=group.rank, SIZE=group.size,
-            BLOCK_N=block, BLOCK_O=block_o, BLOCK_S=tiles.skills, BLOCK_R=tiles.rank,
+            MODULES=len(ys), BLOCK_N=block, BLOCK_O=block_o,
+            BLOCK_S=tiles.skills, BLOCK_R=tiles.rank,
         )  # fmt: skip
 
 
@@ -161,14 +183,14 @@ class TritonCombined:
         return hidden
 
     def expand(self, module: int, hidden: Tensor, y: Tensor) -> None:
-        """Adds the delta of module number `module` onto y `[N, O]`, contiguous."""
+        """Adds the delta of module number `module` onto y `[N, O]`, each row contiguous."""
         width = y.shape[1]
         b, ranks, offsets = self._modules[module]
         block_o = _tile(width, 128)
         block_r = _tile(self._widest, 64)
         triton_ops.combined_expand[len(self._items), triton.cdiv(width, block_o)](
             y, b, ranks, offsets, self.positions, self._items, hidden,
-            len(self.positions), width, len(hidden), self._widest,
+            len(self.positions), width, y.stride(0), len(hidden), self._widest,
             BLOCK_N=self._block, BLOCK_O=block_o, BLOCK_R=block_r,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ COMMANDS = (
     "lm_eval",
     "guidellm",
     "gpu",
+    "comparison",
 )
 
 

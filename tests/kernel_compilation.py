@@ -12,7 +12,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 NUMBERS, PARTS, INDICES = "*bf16", "*fp32", "*i64"
 SKILLS = {"HEADS": 8, "SKILLS": 8, "RANK": 16, "SIZE": 3, "BLOCK_S": 8, "BLOCK_R": 16}
 FACTORED = {
-    **dict.fromkeys(("x", "y", "a", "b"), NUMBERS),
+    **dict.fromkeys(("x", "a", "y0", "y1", "y2", "b0", "b1", "b2"), NUMBERS),
     **dict.fromkeys(("weights", "mixed"), PARTS),
     **dict.fromkeys(("positions", "rows"), INDICES),
 }
@@ -35,7 +35,7 @@ def compile_it(name: str, pointers: dict[str, str], **tiles: int) -> None:
 if __name__ == "__main__":
     shrink = {"HEADS_EACH": 2, "INNER_SPLITS": 2, "BLOCK_K": 64}
     compile_it("factored_shrink", FACTORED, **SKILLS, **shrink, BLOCK_N=16)
-    compile_it("factored_expand", FACTORED, **SKILLS, BLOCK_O=64, BLOCK_N=16)
+    compile_it("factored_expand", FACTORED, **SKILLS, MODULES=3, BLOCK_O=64, BLOCK_N=16)
     for block in (1, 16):
         compile_it("combined_shrink", COMBINED, BLOCK_K=128, BLOCK_R=64, BLOCK_N=block)
         compile_it("combined_expand", COMBINED, BLOCK_O=128, BLOCK_R=64, BLOCK_N=block)

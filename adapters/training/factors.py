@@ -56,6 +56,11 @@ class Factors:
     b: Mapping[int, Tensor]  # by output width, alike
     weights: Tensor | None = None  # [U, M, H, S], where they are averages of shared skills
 
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same in another number type; whole stacks are cast, not every module's share."""
+        a, b = ({w: s.to(dtype) for w, s in stacks.items()} for stacks in (self.a, self.b))
+        return Factors(self.stacks, a, b, self.weights)
+
     def by_module(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Each module's A `[U, r, I]` and B `[U, r, O]`."""
         # `unbind`, for the gradient of one index is a zero tensor as large as the whole stack.

@@ -84,7 +84,8 @@ class TrainedLinear(nn.Module):
         y = cast(Tensor, self.base(x))
         hidden = x[0].to(y.dtype) @ a.to(y.dtype).flatten(0, 1).T  # [N, U*r]
         own = (hidden.view(-1, *a.shape[:2]) * owners).flatten(1)
-        return y + self.scaling * (own @ b.to(y.dtype).flatten(0, 1))
+        whole = torch.addmm(y[0], own, b.to(y.dtype).flatten(0, 1), alpha=self.scaling)
+        return whole.unsqueeze(0)
 
     @property
     def weight(self) -> Tensor:

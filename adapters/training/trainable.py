@@ -83,6 +83,8 @@ class Trainable(nn.Module):
         factors = self.source.factors(batch.tasks)
         if self.on_factors is not None:
             self.on_factors(factors)
+        if self.model.device.type != "cpu":  # where a kernel's launch costs more than its work
+            factors = factors.to(self.model.dtype)
         self._board.work = Work(batch, factors.by_module())
         self._keep = batch.predict_at
         try:

@@ -138,6 +138,28 @@ def test_more_tokens_than_a_block_holds(popularity: str, form: str) -> None:
     assert max(case.errors(form)) < BOUNDS[torch.float32]
 
 
+@pytest.mark.parametrize("modules", [2, 3, 4])
+def test_a_group_is_expanded_at_once_onto_columns_of_one_product(modules: int) -> None:
+    generator = torch.Generator().manual_seed(modules)
+    heads, skills, rank, tokens = 4, 8, 4, 5
+    outs = [24, 8, 40, 16][:modules]
+    a = [torch.randn(heads, skills, 12, rank, generator=generator) for _ in outs]
+    b = [torch.randn(heads, skills, rank, o // heads, generator=generator) for o in outs]
+    x = torch.randn(tokens, heads * 12, generator=generator)
+    weights = torch.rand(tokens, modules, heads, skills, generator=generator)
+    group = ops.SkillGroup.pack(a, b, 0.7, torch.float32)
+    step = TritonFactored(torch.arange(tokens), torch.arange(tokens), weights)
+    whole = torch.randn(tokens, sum(outs), generator=generator)
+    base, outputs = whole.clone(), whole.split(outs, dim=1)
+    step.expand_all(group, 0, step.shrink(group, 0, x), outputs)
+    found = (whole - base).split(outs, dim=1)
+    for g, delta in enumerate(found):
+        expected = ops.reference(x, a[g], b[g], weights[:, g], 0.7)
+        assert (delta - expected).norm() / expected.norm() < 1e-5
+        wrong = ops.reference(x, a[g], b[g], weights[:, g].roll(1, 0), 0.7)
+        assert (delta - wrong).norm() / wrong.norm() > WRONG  # control: tokens' tasks exchanged
+
+
 def test_weights_are_read_where_they_lie_in_half_precision_too() -> None:
     """A table of all resident tasks, of which a step reads a few rows."""
     case = Case.draw(SHAPES[0], 5, "distinct", torch.float32)

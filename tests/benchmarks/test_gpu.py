@@ -19,7 +19,8 @@ def test_it_checks_the_kernels_and_times_every_side(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "gpu.json").read_text())
-    sides = {(f["form"], f["batch"], f["tasks"], f["resident"]) for f in report["figures"]}
-    assert {("factored", 4, 4, 50), ("factored", 4, 4, 4), ("combined", 4, 4, 4)} <= sides
+    sides = {(f["part"], f["form"], f["tasks"], f["resident"]) for f in report["figures"]}
+    assert {(part, "factored", 2, 50) for part in ("linears", "step")} <= sides
+    assert {("step", "factored, forked", 2, 2), ("step", "combined, forked", 2, 2)} <= sides
     assert all(0 < f["least"] <= f["median"] <= f["most"] for f in report["figures"])
     assert (tmp_path / "gpu.md").read_text().startswith("## GPU")
