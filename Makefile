@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check images lint-images crash faults replacing fuzz bench npm suite clean
+.PHONY: setup serve test check images lint-images crash faults soak replacing fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -54,6 +54,10 @@ crash: setup
 # The tests of outages, the one of PostgreSQL for half a minute.
 faults: setup
 	TEST_OUTAGE_SECONDS=30 $(BIN)/pytest -s tests/faults
+
+# Half an hour of work, changes, fits and clients that leave; SOAK='--minutes 1.5 ...' for less.
+soak: setup
+	$(BIN)/python -m benchmarks.soak $(SOAK)
 
 # 1,000 requests to a task that is replaced all the while.
 replacing: setup

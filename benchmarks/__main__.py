@@ -17,6 +17,7 @@ COMMANDS = (
     "simulate",
     "load",
     "prefix",
+    "soak",
     "lm_eval",
     "guidellm",
     "gpu",

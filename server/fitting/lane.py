@@ -19,6 +19,7 @@ from polyhead.server.tasks.errors import RegistryUnavailable
 from polyhead.server.tasks.job import Job, Order
 from polyhead.server.tasks.jobs import Jobs
 from polyhead.server.tasks.leases import Leases
+from polyhead.server.tasks.outages import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -116,15 +117,17 @@ class Lane:
             self._thread.join(seconds)
 
     def _main(self) -> None:
+        outage = Outage(logger, "jobs have to wait")
         while not self._stopping:
             try:
                 taken = self._jobs.take(self._options.batch_jobs)
+                outage.over()
                 if taken:
                     self._run([*taken])
                 else:
                     self._wait()
             except RegistryUnavailable as exc:
-                logger.error("jobs have to wait: %s", exc)
+                outage.failed(exc)
                 self._nap(RETRY_SECONDS)
             except Exception:
                 logger.exception("the fitting lane stumbled")
@@ -221,11 +224,14 @@ class Lane:
     def _persistently(self, work: Callable[[], T]) -> T | None:
         """Try until the database takes it: a result that took minutes is not thrown away because
         the disk was full for one. None when the server stops before that."""
+        outage = Outage(logger, "a job's state cannot be kept")
         while True:
             try:
-                return work()
+                found = work()
+                outage.over()
+                return found
             except RegistryUnavailable as exc:
-                logger.error("a job's state cannot be kept yet: %s", exc)
+                outage.failed(exc)
                 if self._stopping:
                     return None
                 self._nap(RETRY_SECONDS)

@@ -9,6 +9,7 @@ import psycopg
 
 from polyhead.server.tasks import audit
 from polyhead.server.tasks.errors import RegistryUnavailable
+from polyhead.server.tasks.outages import Outage
 from polyhead.server.tasks.sql import Database
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Follower:
         self._tidy = tidy
         self._tidied_at = float("-inf")
         self._seconds = seconds
+        self._outage = Outage(logger, "changes of other servers are not heard of")
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="polyhead-follower", daemon=True)
         self._own: set[int] = set()
@@ -82,6 +84,7 @@ class Follower:
 
     def _step(self) -> None:
         self.catch_up()
+        self._outage.over()
         if time.monotonic() - self._tidied_at >= TIDY_SECONDS:
             self._tidied_at = time.monotonic()
             self._tidy()
@@ -94,7 +97,7 @@ class Follower:
                 else:
                     self._poll()
             except (RegistryUnavailable, psycopg.Error) as exc:
-                logger.error("changes of other servers are not heard of: %s", exc)
+                self._outage.failed(exc)
                 self._stopping.wait(self._seconds)
 
     def _poll(self) -> None:

@@ -10,6 +10,7 @@ from typing import IO
 
 from polyhead.server.tasks.errors import RegistryUnavailable
 from polyhead.server.tasks.jobs import LEASE_SECONDS, Jobs
+from polyhead.server.tasks.outages import Outage
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ class Leases:
             self._found()
 
     def _main(self) -> None:
+        outage = Outage(logger, "the leases of running jobs cannot be renewed")
         while not self._stopping.wait(LEASE_SECONDS / 3):
             try:
                 self.tick()
+                outage.over()
             except RegistryUnavailable as exc:
-                logger.error("the leases of running jobs cannot be renewed: %s", exc)
+                outage.failed(exc)
 
 
 def own_name(folder: Path) -> tuple[IO[str] | None, str]:

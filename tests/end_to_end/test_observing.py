@@ -91,6 +91,24 @@ def test_a_clients_id_and_the_generation_are_in_answer_and_log(
     assert "prompt" not in line
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_said_is_logged_only_where_that_is_asked_for(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with serving(settings_for(model_folder, tmp_path, log_prompts=asked)) as server:
+        server.generate(prompt=SECRET)
+        chat = {"model": "amber", "prompt": SECRET, "max_tokens": 2, "stream": True}
+        assert server.client.post("/v1/completions", json=chat).is_success
+        wrong = {"task": "amber", "prompt": SECRET, "temperature": "hot"}
+        assert server.client.post("/generate", json=wrong).status_code == 422
+        ended = [record for record in caplog.records if record.message == "request ended"]
+        server.eventually(lambda: len(ended) == 2)
+    told = [json.loads(JsonLines().format(record)) for record in ended]
+    assert [line.get("prompt") for line in told] == ([SECRET] * 2 if asked else [None] * 2)
+    assert (SECRET in "\n".join(JsonLines().format(r) for r in caplog.records)) == asked
+
+
 def test_an_ill_formed_id_is_not_taken(live: LiveServer) -> None:
     answer = live.client.get("/health/live", headers={"X-Request-Id": 'x" y'})
     assert answer.headers["x-request-id"] != 'x" y'

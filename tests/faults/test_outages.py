@@ -26,7 +26,10 @@ def say(server: ServerProcess, task: str = "amber") -> Any:
 
 
 def test_without_postgresql_known_tasks_are_served_and_changes_refused(
-    model_folder: Path, tmp_path: Path, postgresql: PostgresServer
+    model_folder: Path,
+    tmp_path: Path,
+    postgresql: PostgresServer,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     url = postgresql.new_database()
     with server_process(model_folder, tmp_path, database_url=url) as server:
@@ -47,6 +50,13 @@ def test_without_postgresql_known_tasks_are_served_and_changes_refused(
             time.sleep(0.1)
         assert say(server, "new") == expected
         assert say(server, "birch") != expected
+        told: list[str] = []
+        while not any("that is over" in line for line in told):
+            assert time.monotonic() < end, told
+            told += [line for line in capfd.readouterr().err.splitlines() if "not heard" in line]
+            time.sleep(0.1)
+    assert sum("ERROR" in line for line in told) <= 1 + OUTAGE_SECONDS / 30
+    assert sum("that is over" in line for line in told) == 1
 
 
 @pytest.mark.parametrize("name", ["inventory.json", "inventory.safetensors"])
