@@ -166,6 +166,12 @@ class Settings(BaseSettings):
         description="Outputs, one a token, kept for a stream whose client does not read; one more "
         "ends its request",
     )
+    drain_delay_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="How long after SIGTERM requests are still taken in while /health/ready says "
+        "503, so that a balancer notices before anything is refused",
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long SIGTERM waits for running requests"
     )

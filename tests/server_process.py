@@ -37,11 +37,15 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def server_process(
-    folder: Path, data_dir: Path, environment: Mapping[str, str] | None = None, **changes: Any
+    folder: Path,
+    data_dir: Path,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    **changes: Any,
 ) -> Iterator[ServerProcess]:
     """A ready server over the model in `folder`; ended by force when the block ends."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
-    port = free_port()
+    port = port or free_port()
     settings = settings_for(folder, data_dir, port=port, **changes)
     command = [sys.executable, "-c", SCRIPT, settings.model_dump_json()]
     with (

@@ -27,7 +27,8 @@ FLUSH_SECONDS = 5
 class Server(uvicorn.Server):
     """A uvicorn server that drains on the first signal and leaves at once on the second.
 
-    While it drains it keeps listening, so that /health/ready and refusals are still answered.
+    While it drains it keeps listening, so that /health/ready and refusals are still answered. A
+    balancer that asks for the former during `drain_delay_seconds` never meets the latter.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -46,6 +47,7 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
+        self._delay_seconds = settings.drain_delay_seconds
         self._drain_seconds = settings.drain_seconds
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -75,12 +77,15 @@ class Server(uvicorn.Server):
         return service.bridge.death is not None
 
     def begin_drain(self) -> None:
-        """Take nothing new in, let what runs finish, then stop. Call on the event loop."""
+        """Say so, take nothing new in after a while, let what runs finish, then stop. Call on the
+        event loop."""
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         service: Service = self._app.state.service
+        service.leaving.set()
+        await asyncio.sleep(self._delay_seconds)
         end = time.monotonic() + self._drain_seconds
         try:
             await asyncio.gather(

@@ -1,6 +1,7 @@
 """The parts of one running server, as the calls find them."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
@@ -41,12 +42,14 @@ class Service:
     pool: Pool
     slots: Slots
     room: Room
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the server was told to end, maybe some time before it refuses anything."""
 
     def why_not_ready(self) -> EngineError | None:
-        """What a request would be refused with right now, whatever it asks."""
+        """What a request would be refused with now or, where the server is to end, very soon."""
         if self.bridge.death is not None:
             return EngineDead(ENGINE_STOPPED)
-        if self.engine.draining:
+        if self.leaving.is_set() or self.engine.draining:
             return EngineDraining("the server is shutting down")
         if not self.engine.alive:
             return EngineDead(ENGINE_STOPPED)
