@@ -120,7 +120,6 @@ def factored_expand(  # type: ignore[no-untyped-def]
     module,  # and in the weights
     row_stride,
     module_stride,
-    HEADS: tl.constexpr,
     SKILLS: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
@@ -138,25 +137,25 @@ def factored_expand(  # type: ignore[no-untyped-def]
     tiles1 = tiles0 + tl.cdiv(outer1, BLOCK_O)
     if tile < tiles0:
         _expand(
-            y0, b0, outer0, stride0, tile, weights, positions, rows, mixed, tokens, parts, g, module,
-            row_stride, module_stride,
-            HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+            y0, b0, outer0, stride0, tile, weights, positions, rows, mixed,
+            tokens, parts, g, module, row_stride, module_stride,
+            SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
         )  # fmt: skip
-    if MODULES > 1:
+    if MODULES > 1:  # noqa: SIM102, known when it is compiled
         if (tile >= tiles0) & (tile < tiles1):
             _expand(
                 y1, b1, outer1, stride1, tile - tiles0, weights, positions, rows, mixed,
                 tokens, parts,
                 g + 1, module + 1, row_stride, module_stride,
-                HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+                SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
             )  # fmt: skip
-    if MODULES > 2:
+    if MODULES > 2:  # noqa: SIM102
         if tile >= tiles1:
             _expand(
                 y2, b2, outer2, stride2, tile - tiles1, weights, positions, rows, mixed,
                 tokens, parts,
                 g + 2, module + 2, row_stride, module_stride,
-                HEADS, SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
+                SKILLS, RANK, SIZE, BLOCK_N, BLOCK_O, BLOCK_S, BLOCK_R,
             )  # fmt: skip
 
 
@@ -177,7 +176,6 @@ def _expand(  # type: ignore[no-untyped-def]
     module,
     row_stride,
     module_stride,
-    HEADS: tl.constexpr,
     SKILLS: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,

@@ -15,11 +15,12 @@ WIDEST_TILE = 128
 """Columns of skills and ranks that one program holds."""
 SMALLEST = 16
 """Least side of a tile that the tensor cores take."""
-MOST_PARTS = 16
-"""Of one shrink: every program of the expand adds them up again."""
+MOST_PARTS = 8
+"""Of one shrink: every program of the expand adds them up again. This and the tile are the best of
+those that `benchmarks gpu --tune` tried on an H200."""
 TOGETHER = 3
 """Modules of a group that one launch of the expand takes."""
-EXPAND_TILE = 128
+EXPAND_TILE = 64
 """Most outputs of one program of the factored expand."""
 INTERPRETED = 4
 """Programs per launch where the kernels are interpreted: each of them is slow."""
@@ -136,7 +137,7 @@ class TritonFactored:
             *outers, *[0] * empty, *[y.stride(0) for y in ys], *[0] * empty,
             self.weights, self.positions, self.rows, mixed,
             tokens, len(mixed), g, first + g, self.weights.stride(0), self.weights.stride(1),
-            HEADS=group.heads, SKILLS=group.skills, RANK=group.rank, SIZE=group.size,
+            SKILLS=group.skills, RANK=group.rank, SIZE=group.size,
             MODULES=len(ys), BLOCK_N=block, BLOCK_O=block_o,
             BLOCK_S=tiles.skills, BLOCK_R=tiles.rank,
         )  # fmt: skip

@@ -57,7 +57,8 @@ class Run:
             "poly": (1, 8, self.told["rank"]),
             "lora": (1, 1, 8 * self.told["rank"]),
         }[self.method]
-        tasks = len({json.loads(line)["task"] for line in open(self.told["train"], "rb")})
+        lines = Path(self.told["train"]).read_text(encoding="utf-8").splitlines()
+        tasks = len({json.loads(line)["task"] for line in lines})
         return parse_config(
             {
                 "backbone": self.told["backbone"],

@@ -35,7 +35,14 @@ def compile_it(name: str, pointers: dict[str, str], **tiles: int) -> None:
 if __name__ == "__main__":
     shrink = {"HEADS_EACH": 2, "INNER_SPLITS": 2, "BLOCK_K": 64}
     compile_it("factored_shrink", FACTORED, **SKILLS, **shrink, BLOCK_N=16)
-    compile_it("factored_expand", FACTORED, **SKILLS, MODULES=3, BLOCK_O=64, BLOCK_N=16)
+    compile_it(
+        "factored_expand",
+        FACTORED,
+        **{k: v for k, v in SKILLS.items() if k != "HEADS"},
+        MODULES=3,
+        BLOCK_O=64,
+        BLOCK_N=16,
+    )
     for block in (1, 16):
         compile_it("combined_shrink", COMBINED, BLOCK_K=128, BLOCK_R=64, BLOCK_N=block)
         compile_it("combined_expand", COMBINED, BLOCK_O=128, BLOCK_R=64, BLOCK_N=block)

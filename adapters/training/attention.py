@@ -7,13 +7,13 @@ tasks, so that nothing is computed between tokens of examples that lie far apart
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from polyhead.adapters.errors import InjectionError
+from polyhead.adapters.masked_attention import masked_attention
 from polyhead.adapters.training.layers import Board
 
 IMPLEMENTATION = "polyhead_training"
@@ -69,15 +69,13 @@ def _attention_forward(
             found=str(odd or "cross attention"),
         )
     batch = board.work.batch
-    q, k, v = (_spread(t[0].transpose(0, 1), batch.places, batch.rows) for t in (query, key, value))
-    found = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=batch.row_mask(q.dtype, kwargs.get("sliding_window")),
-        scale=kwargs.get("scaling"),
-        enable_gqa=q.shape[1] != k.shape[1],
+    # Autocast may leave q and k wider than v, but kernels want the mask and all three of one type.
+    q, k, v = (
+        _spread(t[0].transpose(0, 1).to(value.dtype), batch.places, batch.rows)
+        for t in (query, key, value)
     )
+    mask = batch.row_mask(value.dtype, kwargs.get("sliding_window"))
+    found = masked_attention(q, k, v, mask, kwargs.get("scaling"))
     flat = found.transpose(1, 2).flatten(0, 1)  # [R * L, heads, d]
     return flat.index_select(0, batch.places).unsqueeze(0), None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polyhead.adapters.training import alignment
+from polyhead.adapters.training.causality import check_causal
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
 from polyhead.adapters.training.errors import ConfigError
@@ -62,6 +63,7 @@ class Stepper:
         self.optimiser = plan.optimiser()
         self._highest = [group["lr"] for group in self.optimiser.param_groups]
         self._forward: Any = accelerator.prepare_model(self.trainable)
+        self._checked = accelerator.device.type == "cpu"  # whose kernels the tests have seen
 
     def learn(self, step: int, drawn: Sequence[tuple[int, Encoded]]) -> StepFigures:
         """Take step `step` (from 0) on pairs of task and example; the same on every process."""
@@ -88,6 +90,10 @@ class Stepper:
         batch = pack([one for _, one in part], [task for task, _ in part])
         batch = batch.to(self._accelerator.device)
         owners = torch.tensor(batch.example_task, device=self._accelerator.device)
+        if not self._checked:
+            with self._autocast():
+                check_causal(self.trainable, batch)
+            self._checked = True
         alone = nullcontext() if synchronise else self._accelerator.no_sync(self._forward)
         with alone:
             losses = self._losses(batch)
@@ -97,11 +103,14 @@ class Stepper:
         return sums.index_add_(1, owners, both)
 
     def _losses(self, batch: TrainingBatch) -> Tensor:
-        # Not accelerate's mixed precision, which cannot differ between two runs of one process.
-        device = self._accelerator.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._config.batch.bfloat16):
+        with self._autocast():
             losses: Tensor = self._forward(batch)
         return losses
+
+    def _autocast(self) -> torch.autocast:
+        # Not accelerate's mixed precision, which cannot differ between two runs of one process.
+        device = self._accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self._config.batch.bfloat16)
 
     def _update(self, step: int) -> float:
         options = self._config.optimiser

@@ -22,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from polyhead.adapters.compiled import READ, compiled_for
+from polyhead.adapters.masked_attention import masked_attention
 from polyhead.server.engine import cpu_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.kv_cache import KVStore
@@ -118,12 +119,12 @@ class StepAttention:
         # The query heads that share a key-value head become its queries: no copy of the keys.
         grouped = q.reshape(group.held, kv_heads, heads // kv_heads, width)
         mask = self._mask(group, window, q.dtype).expand(-1, 1, heads // kv_heads, -1)
-        out = F.scaled_dot_product_attention(
+        out = masked_attention(
             grouped,
             k[: group.held, :, : group.longest],
             v[: group.held, :, : group.longest],
-            attn_mask=mask,
-            scale=scale,
+            mask,
+            scale,
         ).reshape(group.held, heads, width)
         return out if group.dense else out[group.rows]
 
@@ -232,7 +233,7 @@ def _prefill(
         out = F.scaled_dot_product_attention(grouped, *shared, is_causal=True, scale=scale)
     else:
         mask = _chunk_mask(chunk, window, q.device)
-        out = F.scaled_dot_product_attention(grouped, *shared, attn_mask=mask, scale=scale)
+        out = masked_attention(grouped, *shared, mask, scale)
     return out.reshape(heads, chunk.count, -1).transpose(0, 1)
 
 

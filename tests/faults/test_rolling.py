@@ -25,7 +25,7 @@ CONFIG = Path(__file__).parents[2] / "docker" / "haproxy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
 CLIENTS = 3
 DELAY_SECONDS = 3.0
-"""Without it some are refused, once in a while: a server that drains is asked until a check finds out."""
+"""Without it some are refused once in a while: a draining server is asked until a check fails."""
 
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="HAProxy is not installed")
 
