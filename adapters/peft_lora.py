@@ -13,6 +13,7 @@ layer (GPT-2's `Conv1D`) stores its weight; A and B lie the same way for both.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -117,6 +118,28 @@ def read_peft_lora(
         tensors, _ = parse_tensors(weights)
     except ValueError as exc:
         raise PrivateAdapterError(str(exc), field=WEIGHTS_FILE) from exc
+    read = unscaled_factors(config, tensors)
+    scaled = {
+        name: b * read.scaling[name] if name in read.scaling else b for name, b in read.b.items()
+    }
+    return PrivateAdapter.checked(read.a, scaled, modules, max_rank=max_rank)
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """A LoRA as it was trained: `a[name]` `[I, r]`, `b[name]` `[r, O]`, and what their product is
+    multiplied by, for every module that has both."""
+
+    a: Mapping[str, Tensor]
+    b: Mapping[str, Tensor]
+    scaling: Mapping[str, float]
+
+
+def unscaled_factors(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraFactors:
+    """A PEFT checkpoint's tensors by module, turned to `[I, r]` and `[r, O]`, B in float32.
+
+    Raises `PrivateAdapterError` that names a tensor which is not a LoRA's, or not of its rank.
+    """
     a, b = _named(tensors, SUFFIX_A), _named(tensors, SUFFIX_B)
     odd = sorted(name for name in tensors if not name.endswith((SUFFIX_A, SUFFIX_B)))
     if odd:
@@ -125,16 +148,13 @@ def read_peft_lora(
         )
     ranks = NamePatterns("adapter_config.rank_pattern", config.rank_pattern)
     alphas = NamePatterns("adapter_config.alpha_pattern", config.alpha_pattern)
-    scaled: dict[str, Tensor] = {}
+    scaling: dict[str, float] = {}
     for name in a.keys() & b.keys():
         rank = ranks.find(name, config.r)
         _check_rank(PREFIX + name + SUFFIX_A, a[name], rank)
-        scaled[name] = b[name].float().mT * config.scaling(
-            rank, alphas.find(name, config.lora_alpha)
-        )
-    served_b = {name: scaled.get(name, tensor) for name, tensor in b.items()}
-    served_a = {name: tensor.mT for name, tensor in a.items()}
-    return PrivateAdapter.checked(served_a, served_b, modules, max_rank=max_rank)
+        scaling[name] = config.scaling(rank, alphas.find(name, config.lora_alpha))
+    turned = {name: b[name].float().mT if name in scaling else b[name] for name in b}
+    return LoraFactors({name: tensor.mT for name, tensor in a.items()}, turned, scaling)
 
 
 def _named(tensors: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from polyhead.server.commands.common import AsJson, one_line_errors
+from polyhead.server.commands.conversions import convert_app, inventory_app
 from polyhead.server.commands.evaluate import evaluate_command
 from polyhead.server.commands.fit import fit_command
 from polyhead.server.commands.flags import read, with_flags_of
@@ -28,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
 app.add_typer(convert_app, name="convert")
+app.add_typer(inventory_app, name="inventory")
 app.add_typer(keys_app, name="keys")
 app.add_typer(tasks_app, name="tasks")
 app.command("train")(train_command)
@@ -66,33 +67,6 @@ def serve(
     gc.enable()
     with one_line_errors():
         raise typer.Exit(run(settings))
-
-
-@convert_app.command("peft")
-def convert_peft_command(
-    source: Annotated[Path, typer.Argument(help="Folder of a PEFT POLY adapter")],
-    out: Annotated[Path, typer.Argument(help="Folder of the inventory to write")],
-    backbone: Annotated[str, typer.Option(help="Folder of the backbone, or its name on the hub")],
-    names: Annotated[
-        Path | None, typer.Option(help="Task names, one a line, in the order of training")
-    ] = None,
-) -> None:
-    """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
-    from polyhead.adapters.convert.peft import convert_peft
-    from polyhead.server.engine.backbone import (
-        find_backbone,
-        load_backbone,
-        pick_device,
-        pick_dtype,
-    )
-
-    with one_line_errors():
-        task_names = names.read_text().split() if names else None
-        cpu = pick_device("cpu")
-        model = load_backbone(find_backbone(backbone), pick_dtype("float32", cpu), cpu)
-        inventory = convert_peft(source, model, Path(backbone).name, task_names)
-        inventory.save(out)
-    typer.echo(f"{out}: {len(inventory.tasks)} tasks, fingerprint {inventory.fingerprint}")
 
 
 @app.command()

@@ -20,14 +20,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from polyhead.adapters.convert.sources import module_shape, read_checkpoint, read_json_object
+from polyhead.adapters.convert.sources import (
+    common_dtype,
+    module_shape,
+    named_tasks,
+    read_checkpoint,
+    read_json_object,
+)
 from polyhead.adapters.errors import ConversionError
 from polyhead.adapters.inventory import (
-    DTYPES,
-    RESERVED_TASK,
-    TASK_NAME,
     BackboneRef,
-    DtypeName,
     Inventory,
     InventoryHeader,
     ModuleShape,
@@ -103,7 +105,7 @@ def convert_peft(
     """
     source = Path(source)
     config = PolyConfig.read(source / CONFIG_FILE)
-    task_names = _task_names(config.n_tasks, names)
+    task_names = named_tasks(config.n_tasks, names)
     modules = _adapted_modules(config, model)
     tensors = read_checkpoint(source, TENSOR_STEM)
     _check_names(tensors, modules)
@@ -114,7 +116,7 @@ def convert_peft(
         skills=config.n_skills,
         rank=config.r,
         scaling=1.0 / config.r,
-        dtype=_common_dtype(tensors, modules),
+        dtype=common_dtype({name: tensors[name] for name in _skill_names(modules)}),
         provenance={
             "source": "peft",
             "version": config.peft_version,
@@ -139,27 +141,6 @@ def _matches(patterns: list[str] | str, name: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def _task_names(count: int, names: Sequence[str] | None) -> list[str]:
-    if names is None:
-        return [f"task-{index}" for index in range(count)]
-    if len(names) != count:
-        raise ConversionError(
-            "as many names as tasks are needed",
-            field="names",
-            found=str(len(names)),
-            expected=str(count),
-        )
-    for index, name in enumerate(names):
-        wrong = "" if TASK_NAME.fullmatch(name) else f"a match of {TASK_NAME.pattern}"
-        wrong = "a name that is not reserved" if name == RESERVED_TASK else wrong
-        wrong = "a name of its own" if name in names[:index] else wrong
-        if wrong:
-            raise ConversionError(
-                "unusable task name", field=f"names[{index}]", found=repr(name), expected=wrong
-            )
-    return list(names)
 
 
 def _adapted_modules(config: PolyConfig, model: nn.Module) -> list[ModuleShape]:
@@ -193,26 +174,8 @@ def _check_names(tensors: Mapping[str, Tensor], modules: Sequence[ModuleShape]) 
         )
 
 
-def _common_dtype(tensors: Mapping[str, Tensor], modules: Sequence[ModuleShape]) -> DtypeName:
-    first = PREFIX + modules[0].name + SUFFIX_A
-    for module in modules:
-        for name in (PREFIX + module.name + SUFFIX_A, PREFIX + module.name + SUFFIX_B):
-            if tensors[name].dtype != tensors[first].dtype:
-                raise ConversionError(
-                    "skills of different dtypes",
-                    field=name,
-                    found=str(tensors[name].dtype),
-                    expected=f"{tensors[first].dtype} as {first}",
-                )
-    for label, dtype in DTYPES.items():
-        if dtype == tensors[first].dtype:
-            return label
-    raise ConversionError(
-        "dtype not implemented",
-        field=first,
-        found=str(tensors[first].dtype),
-        expected=str(list(DTYPES)),
-    )
+def _skill_names(modules: Sequence[ModuleShape]) -> list[str]:
+    return [PREFIX + m.name + suffix for m in modules for suffix in (SUFFIX_A, SUFFIX_B)]
 
 
 def _check_shapes(

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from polyhead.adapters.errors import ConversionError
 from polyhead.adapters.inject import linear_shape
-from polyhead.adapters.inventory import ModuleShape
+from polyhead.adapters.inventory import DTYPES, RESERVED_TASK, TASK_NAME, DtypeName, ModuleShape
 from polyhead.adapters.tensor_files import read_tensors
 
 
@@ -44,11 +45,39 @@ def read_checkpoint(folder: Path, stem: str) -> dict[str, Tensor]:
     return _read_pickle(pickled)
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickled_object(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of tensors and plain containers, read with `weights_only=True`.
+
+    Raises `ConversionError` that names the file.
+    """
     try:
         found: object = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as exc:
         raise ConversionError(f"{path}: not a checkpoint of tensors only", found=str(exc)) from exc
+    if not isinstance(found, dict):
+        raise ConversionError(f"{path}: not a state dict", found=type(found).__name__)
+    return found
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, of safetensors or a pickle of tensors, by name.
+
+    Raises `ConversionError` that names the file.
+    """
+    if path.suffix != ".safetensors":
+        return _read_pickle(path)
+    try:
+        return read_tensors(path)
+    except ValueError as exc:
+        raise ConversionError(str(exc)) from exc
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    return state_dict(path, read_pickled_object(path))
+
+
+def state_dict(path: Path, found: Any) -> dict[str, Tensor]:
+    """`found`, if it holds tensors by name alone. Raises `ConversionError` that names `path`."""
     if not isinstance(found, dict):
         raise ConversionError(f"{path}: not a state dict", found=type(found).__name__)
     odd = [key for key, value in found.items() if not isinstance(value, Tensor)]
@@ -68,3 +97,48 @@ def module_shape(name: str, module: nn.Module) -> ModuleShape:
             expected="Linear or Conv1D",
         )
     return ModuleShape(name=name, in_features=shape[0], out_features=shape[1])
+
+
+def named_tasks(count: int, names: Sequence[str] | None) -> list[str]:
+    """`names` of `count` tasks, or `task-0` … where none are given.
+
+    Raises `ConversionError` that names the first of them that cannot be a task's.
+    """
+    if names is None:
+        return [f"task-{index}" for index in range(count)]
+    if len(names) != count:
+        raise ConversionError(
+            "as many names as tasks are needed",
+            field="names",
+            found=str(len(names)),
+            expected=str(count),
+        )
+    for index, name in enumerate(names):
+        wrong = "" if TASK_NAME.fullmatch(name) else f"a match of {TASK_NAME.pattern}"
+        wrong = "a name that is not reserved" if name == RESERVED_TASK else wrong
+        wrong = "a name of its own" if name in names[:index] else wrong
+        if wrong:
+            raise ConversionError(
+                "unusable task name", field=f"names[{index}]", found=repr(name), expected=wrong
+            )
+    return list(names)
+
+
+def common_dtype(tensors: Mapping[str, Tensor]) -> DtypeName:
+    """The one dtype of a checkpoint's skills. Raises `ConversionError` for several, and for one
+    that an inventory cannot have."""
+    first, wanted = next((name, tensor.dtype) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted:
+            raise ConversionError(
+                "skills of different dtypes",
+                field=name,
+                found=str(tensor.dtype),
+                expected=f"{wanted} as {first}",
+            )
+    for label, dtype in DTYPES.items():
+        if dtype == wanted:
+            return label
+    raise ConversionError(
+        "dtype not implemented", field=first, found=str(wanted), expected=str(list(DTYPES))
+    )

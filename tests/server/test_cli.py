@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PolyConfig, get_peft_model
+from peft import LoraConfig, PolyConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -203,6 +203,26 @@ def test_a_peft_adapter_becomes_an_inventory(tmp_path: Path) -> None:
     assert sorted(inventory.tasks) == ["plural", "rhyme"]
     assert inventory.fingerprint in done.stdout
     inventory.check_backbone(BackboneRef.of(tiny_backbone(), "tiny"))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_loras_become_an_inventory(tmp_path: Path) -> None:
+    backbone, out = str(tmp_path / "tiny"), str(tmp_path / "out")
+    tiny_backbone().save_pretrained(backbone)
+    for name, rank in (("first", 2), ("second", 2), ("third", 1)):
+        lora = LoraConfig(target_modules=["q_proj"], r=rank)
+        get_peft_model(tiny_backbone(), lora).save_pretrained(str(tmp_path / name))
+    given = [str(tmp_path / "first"), f"other={tmp_path / 'second'}"]
+    asked = ["inventory", "from-loras", *given, "--backbone", backbone, "--out", out]
+    done = runner.invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    assert sorted(Inventory.load(out).tasks) == ["first", "other"]
+    done = runner.invoke(app, [*asked, str(tmp_path / "third")])
+    assert done.exit_code == 1
+    assert "different ranks" in done.stderr
+    done = runner.invoke(app, [*asked, f"other={tmp_path / 'third'}"])
+    assert done.exit_code == 2
+    assert "given twice" in done.stderr
 
 
 def test_the_demo_says_how_to_get_what_it_lacks(tmp_path: Path) -> None:

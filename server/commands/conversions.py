@@ -1,0 +1,124 @@
+"""`polyhead convert` and `polyhead inventory`: inventories out of what others have trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from polyhead.server.commands.common import fail, one_line_errors
+
+if TYPE_CHECKING:
+    from polyhead.adapters.inventory import Inventory
+
+convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
+inventory_app = typer.Typer(help="Make an inventory out of LoRAs.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Argument(help="Folder of the inventory to write")]
+Backbone = Annotated[str, typer.Option(help="Folder of the backbone, or its name on the hub")]
+Names = Annotated[
+    Path | None, typer.Option(help="Task names, one a line, in the order of training")
+]
+
+
+@convert_app.command("peft")
+def convert_peft_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a PEFT POLY adapter")],
+    out: Out,
+    backbone: Backbone,
+    names: Names = None,
+) -> None:
+    """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
+    from polyhead.adapters.convert.peft import convert_peft
+
+    with one_line_errors():
+        task_names = _read_names(names)
+        _save(convert_peft(source, _backbone(backbone), Path(backbone).name, task_names), out)
+
+
+@convert_app.command("mttl")
+def convert_mttl_command(
+    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint, or its .ckpt file")],
+    out: Out,
+    backbone: Backbone,
+    names: Names = None,
+) -> None:
+    """Turn a Poly or MHR checkpoint of mttl, camera-ready or main, into an inventory."""
+    from polyhead.adapters.convert.mttl import convert_mttl
+
+    with one_line_errors():
+        task_names = _read_names(names)
+        _save(convert_mttl(source, _backbone(backbone), Path(backbone).name, task_names), out)
+
+
+@convert_app.command("polytropon")
+def convert_polytropon_command(
+    source: Annotated[Path, typer.Argument(help="The state dict's file")],
+    out: Out,
+    backbone: Backbone,
+    names: Names = None,
+) -> None:
+    """Turn a state dict of McGill's Polytropon into an inventory."""
+    from polyhead.adapters.convert.polytropon import convert_polytropon
+
+    with one_line_errors():
+        task_names = _read_names(names)
+        _save(convert_polytropon(source, _backbone(backbone), Path(backbone).name, task_names), out)
+
+
+@inventory_app.command("from-loras")
+def from_loras_command(
+    loras: Annotated[
+        list[str],
+        typer.Argument(help="PEFT LoRA folders, each as FOLDER or NAME=FOLDER", metavar="LORA..."),
+    ],
+    backbone: Backbone,
+    out: Annotated[Path, typer.Option(help="Folder of the inventory to write")],
+    missing: Annotated[
+        Literal["zeros", "refuse"],
+        typer.Option(help="What a module gets that only other LoRAs adapt"),
+    ] = "zeros",
+) -> None:
+    """Make LoRAs of one rank the skills of an inventory, and each of them a task.
+
+    Other tasks can then be fitted as mixtures of them, or be given weights.
+    """
+    from polyhead.adapters.convert.loras import inventory_from_loras
+
+    with one_line_errors():
+        folders = _named_folders(loras)
+        model = _backbone(backbone)
+        _save(inventory_from_loras(folders, model, Path(backbone).name, missing), out)
+
+
+def _named_folders(given: list[str]) -> dict[str, Path]:
+    """By task name, which is the folder's own where none is given."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        name = name if equals else path.resolve().name
+        if name in folders:
+            fail(f"LORA: {name!r} is given twice; write NAME=FOLDER to name them apart", 2)
+        folders[name] = path
+    return folders
+
+
+def _read_names(path: Path | None) -> list[str] | None:
+    return path.read_text().split() if path else None
+
+
+def _backbone(name: str) -> Any:
+    from polyhead.server.engine.backbone import (
+        find_backbone,
+        load_backbone,
+        pick_device,
+        pick_dtype,
+    )
+
+    cpu = pick_device("cpu")
+    return load_backbone(find_backbone(name), pick_dtype("float32", cpu), cpu)
+
+
+def _save(inventory: "Inventory", out: Path) -> None:
+    inventory.save(out)
+    typer.echo(f"{out}: {len(inventory.tasks)} tasks, fingerprint {inventory.fingerprint}")
