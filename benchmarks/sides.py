@@ -17,6 +17,7 @@ from polyhead.adapters.plan import RoutedTask
 from polyhead.server.engine.backbone import load_backbone
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.packed_linears import pack_linears
 from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -34,6 +35,7 @@ class EngineSide:
         self, folder: Path, dtype: torch.dtype, *, routed: bool, seats: int, step_tokens: int = 128
     ) -> None:
         model = load_backbone(folder, dtype, CPU)
+        pack_linears(model)
         self._injection = None
         if routed:
             modules = find_modules(model, heads=HEADS)

@@ -82,6 +82,11 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, description="Compute threads; None leaves torch's choice"
     )
+    pack_weights: bool = Field(
+        True,
+        description="On a CPU in bfloat16: keep a copy of the backbone's weights in the order "
+        "of the products, which are faster so; takes their memory once more",
+    )
 
     max_running: int = Field(64, ge=1, description="Sequences in a batch")
     max_step_tokens: int | None = Field(

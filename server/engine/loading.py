@@ -23,6 +23,7 @@ from polyhead.server.engine.backbone import (
 from polyhead.server.engine.engine import Engine, Publish, Watch
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
+from polyhead.server.engine.packed_linears import pack_linears
 from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -87,6 +88,8 @@ def load(settings: Settings) -> Loaded:
     device = pick_device(settings.device)
     folder = find_backbone(settings.backbone)
     model = load_backbone(folder, pick_dtype(settings.dtype, device), device)
+    if settings.pack_weights:
+        pack_linears(model)
     reference = BackboneRef.of(model, Path(settings.backbone).name)
     inventory = Inventory.load(settings.inventory)
     inventory.check_backbone(reference)
