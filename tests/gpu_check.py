@@ -105,10 +105,14 @@ def engine() -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def main() -> int:
-    failed = 0
+    asked, right, wrong = engine()
+    print(
+        f"engine on {torch.cuda.get_device_name()}: {right} of {asked} as generate, {wrong} wrong"
+    )
+    failed = int(right != asked or wrong > 0)
     for dtype, bound in BOUNDS.items():
         for shape in SHAPES:
-            found = [kernels(shape, tokens, dtype) for tokens in (1, 5, 33, 200)]
+            found = [kernels(shape, tokens, dtype) for tokens in (5, 200)]
             worst = max(max(one[:2]) for one in found)
             least = min(one[2] for one in found)
             bad = not worst < bound or not (least > 0.1 or shape[1] == 1)
