@@ -15,12 +15,16 @@ from polyhead.adapters.errors import RoutingError
 from polyhead.adapters.tensor_files import dump_tensors, parse_tensors
 
 Granularity = Literal["module", "block", "model"]
-RoutingKind = Literal["logits", "weights"]
+RoutingKind = Literal["logits", "weights", "coefficients"]
+"""Logits are folded to weights; weights are not negative and sum to 1; coefficients are any numbers
+and used as they are, as a hyper-network's task embedding is."""
 
 EPSILON = 1e-12
 """Added to the row sum before dividing (Polytropon's and PEFT's constant)."""
 ROW_SUM_TOLERANCE = 1e-3
 """How far a row of given weights may be from 1: enough for float16 and for decimal JSON."""
+MAX_COEFFICIENT = 65504.0
+"""Of a coefficient's size: what float16 holds, and far from where its square overflows float32."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,9 @@ class Routing:
             _refuse_where(values < 0, values, path, "a weight of at least 0")
             sums = values.sum(-1)
             _refuse_where((sums - 1).abs() > ROW_SUM_TOLERANCE, sums, path, "rows that sum to 1")
+        if kind == "coefficients":
+            large = f"a number between -{MAX_COEFFICIENT:g} and {MAX_COEFFICIENT:g}"
+            _refuse_where(values.abs() > MAX_COEFFICIENT, values, path, large)
         return cls(values, kind, granularity)
 
     @classmethod
@@ -131,8 +138,8 @@ class Routing:
 
     @classmethod
     def from_safetensors(cls, data: bytes, layout: Layout, field: str = "routing") -> "Routing":
-        """From a safetensors file with one tensor `logits` or `weights`; the granularity may
-        stand in its metadata. Raises `RoutingError` on anything else."""
+        """From a safetensors file with one tensor, named by its kind; the granularity may stand in
+        its metadata. Raises `RoutingError` on anything else."""
         try:
             tensors, metadata = parse_tensors(data)
         except ValueError as exc:
@@ -142,7 +149,7 @@ class Routing:
                 "wrong tensors",
                 field=f"{field}.safetensors",
                 found=str(sorted(tensors)),
-                expected="one tensor named 'logits' or 'weights'",
+                expected="one tensor named 'logits', 'weights' or 'coefficients'",
             )
         granularity: Any = metadata.get("granularity", "module")
         if granularity not in get_args(Granularity):
@@ -153,7 +160,7 @@ class Routing:
                 expected="'module', 'block' or 'model'",
             )
         ((name, values),) = tensors.items()
-        kind: RoutingKind = "logits" if name == "logits" else "weights"
+        kind: Any = name
         return cls.checked(values, layout, kind, granularity, field)
 
     @classmethod
@@ -167,7 +174,7 @@ class Routing:
         return dump_tensors({self.kind: self.values}, {"granularity": self.granularity})
 
     def weights(self, layout: Layout) -> Tensor:
-        """`[M, H, S]` float32, whatever the granularity and the kind."""
+        """`[M, H, S]` float32, whatever the granularity and the kind: what A and B are mixed by."""
         folded = fold(self.values) if self.kind == "logits" else self.values
         if self.granularity == "model":
             folded = folded.unsqueeze(0)
@@ -181,7 +188,7 @@ class Routing:
 
 
 def mix(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """The routing weights of a mixture of tasks: the weighted mean of theirs.
+    """The routing weights of a mixture of tasks: the weighted mean of theirs, or of coefficients.
 
     parts: pairs of `[M, H, S]` weights and a positive share; shares are normalised to sum to 1.
     Raises `RoutingError` that names the share.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 Granularity = Literal["module", "block", "model"]
-RoutingKind = Literal["logits", "weights"]
+RoutingKind = Literal["logits", "weights", "coefficients"]
 FinishReason = Literal["stop", "length", "abort", "deadline"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Scalar = str | int | float | bool | None

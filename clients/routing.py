@@ -46,8 +46,13 @@ class Routing:
         return cls(_file("weights", values, granularity))
 
     @classmethod
+    def from_coefficients(cls, values: Any, granularity: Granularity | None = None) -> "Routing":
+        """From coefficients, signed and not normalised; otherwise as `from_logits`."""
+        return cls(_file("coefficients", values, granularity))
+
+    @classmethod
     def from_safetensors(cls, source: bytes | str | Path) -> "Routing":
-        """From a safetensors file, or its bytes, with one tensor `logits` or `weights`.
+        """From a safetensors file, or its bytes, with one tensor, named by its kind.
 
         Raises `ValueError` where it holds anything else, `OSError` where it cannot be read.
         """
@@ -58,6 +63,8 @@ class Routing:
     @classmethod
     def mix(cls, shares: Sequence[tuple["Routing", float]]) -> "Routing":
         """The weighted mean of routings' weights; shares need not sum to 1.
+
+        Where one of them has coefficients, the mean has too.
 
         Raises `ValueError` on routings of different shapes, and on shares that are not positive.
         """
@@ -74,11 +81,14 @@ class Routing:
         columns = zip(*(routing._weights() for routing, _ in shares), strict=True)
         parts = [share / total for _, share in shares]
         mixed = [sum(p * w for p, w in zip(parts, column, strict=True)) for column in columns]
-        return cls(_pack("weights", mixed, first.shape, first.granularity))
+        kind: RoutingKind = "weights"
+        if any(routing.kind == "coefficients" for routing, _ in shares):
+            kind = "coefficients"
+        return cls(_pack(kind, mixed, first.shape, first.granularity))
 
     @property
     def kind(self) -> RoutingKind:
-        """Whether the numbers are logits or weights."""
+        """Whether the numbers are logits, weights or coefficients."""
         kind: RoutingKind = self._tensor[0]
         return kind
 
@@ -98,7 +108,10 @@ class Routing:
         return _nested(self._values(), self.shape)
 
     def weights(self) -> list[Any]:
-        """The weights that the numbers stand for: `sigmoid(logits)`, divided by the row's sum."""
+        """The weights that the numbers stand for: `sigmoid(logits)`, divided by the row's sum.
+
+        Coefficients are used as they are, and so are weights.
+        """
         return _nested(self._weights(), self.shape)
 
     def save(self, path: str | Path) -> None:
@@ -121,7 +134,8 @@ class Routing:
         tensors = {name: at for name, at in self._header.items() if name != "__metadata__"}
         if len(tensors) != 1 or next(iter(tensors)) not in get_args(RoutingKind):
             raise ValueError(
-                f"wrong tensors: found {sorted(tensors)}, expected one named logits or weights"
+                f"wrong tensors: found {sorted(tensors)}, "
+                "expected one named logits, weights or coefficients"
             )
         return next(iter(tensors.items()))
 
@@ -141,7 +155,7 @@ class Routing:
 
     def _weights(self) -> Sequence[float]:
         values, width = self._values(), self.shape[-1]
-        if self.kind == "weights":
+        if self.kind != "logits":
             return values
         rows = (values[i : i + width] for i in range(0, len(values), width))
         return list(chain.from_iterable(map(_fold, rows)))

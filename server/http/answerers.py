@@ -77,7 +77,7 @@ class Answerers:
 
 def read_routing(body: RoutingBody, inventory: Inventory) -> Routing:
     """The routing of a body, checked against `inventory`. Raises `RoutingError`, `InvalidValue`."""
-    form = exactly_one(body, "logits", "weights", "safetensors", prefix="routing.")
+    form = exactly_one(body, "logits", "weights", "coefficients", "safetensors", prefix="routing.")
     layout = inventory.layout
     if body.safetensors is not None:
         routing = Routing.from_safetensors(
@@ -91,6 +91,7 @@ def read_routing(body: RoutingBody, inventory: Inventory) -> Routing:
                 expected=repr(routing.granularity),
             )
         return routing
-    values = (body.weights if body.logits is None else body.logits) or []
-    kind: RoutingKind = "logits" if form == "logits" else "weights"
-    return Routing.from_nested(values, layout, kind, body.granularity)
+    kind: RoutingKind = (
+        "logits" if form == "logits" else "weights" if form == "weights" else "coefficients"
+    )
+    return Routing.from_nested(getattr(body, form), layout, kind, body.granularity)

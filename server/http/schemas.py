@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_json
 
-from polyhead.adapters.routing import Granularity
+from polyhead.adapters.routing import Granularity, RoutingKind
 from polyhead.server.engine.request import FinishReason
 from polyhead.server.http.errors import InvalidValue
 
@@ -147,10 +147,15 @@ class Sampling(Body):
 
 
 class RoutingBody(Body):
-    """A routing as nested lists or as a safetensors file; exactly one of the three forms."""
+    """A routing as nested lists or as a safetensors file; exactly one of the four forms."""
 
-    logits: list[Any] | None = None
-    weights: list[Any] | None = None
+    logits: list[Any] | None = Field(
+        default=None, description="Folded to weights by sigmoid and mean"
+    )
+    weights: list[Any] | None = Field(default=None, description="Not negative; every row sums to 1")
+    coefficients: list[Any] | None = Field(
+        default=None, description="Signed and not normalised; used as they are"
+    )
     safetensors: Base64 | None = None
     granularity: Granularity = "module"
     precision: Literal["float32", "float16"] | None = Field(
@@ -317,7 +322,7 @@ class TaskAnswer(BaseModel):
     generation: str
     kind: Literal["routing", "private", "base"]
     granularity: Granularity | None
-    routing_kind: Literal["logits", "weights"] | None
+    routing_kind: RoutingKind | None
     template: str | None
     defaults: dict[str, Any]
     metadata: dict[str, Scalar]

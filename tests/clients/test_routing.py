@@ -37,6 +37,19 @@ def test_the_server_reads_what_each_form_says(granularity: Any) -> None:
     assert weights.kind == "weights"
 
 
+@pytest.mark.parametrize("granularity", SHAPES)
+def test_coefficients_are_sent_and_mixed_as_they_are(granularity: Any) -> None:
+    given = [values(SHAPES[granularity], seed) for seed in range(2)]
+    sent = [Routing.from_coefficients(one, granularity) for one in given]
+    read = as_read(sent[0])
+    assert (read.kind, read.granularity) == ("coefficients", granularity)
+    assert torch.equal(read.values, given[0])
+    assert torch.equal(torch.tensor(sent[0].weights()), given[0])
+    mixed = as_read(Routing.mix([(sent[0], 3), (sent[1], 1)]))
+    assert mixed.kind == "coefficients"
+    torch.testing.assert_close(mixed.values, 0.75 * given[0] + 0.25 * given[1])
+
+
 def test_the_granularity_follows_from_the_dimensions() -> None:
     assert Routing.from_logits(values((3, 5))).granularity == "model"
     assert Routing.from_logits(values((4, 3, 5))).granularity == "module"

@@ -51,6 +51,56 @@ def test_a_new_task_is_answered_for_at_once(fresh: LiveServer) -> None:
     assert tokens(fresh, "new") != tokens(fresh, "amber")
 
 
+@pytest.mark.parametrize("form", ["json", "base64", "multipart"])
+def test_coefficients_are_registered_replaced_and_given_back(fresh: LiveServer, form: str) -> None:
+    given = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    file = save({"coefficients": given}, {"granularity": "module"})
+    if form == "multipart":
+        parts = {"task": (None, '{"id": "new"}'), "routing": ("r.safetensors", file)}
+        assert fresh.client.post("/tasks", files=parts).status_code == 201
+    elif form == "base64":
+        register(fresh, id="new", routing={"safetensors": base64.b64encode(file).decode()})
+    else:
+        register(fresh, id="new", routing={"coefficients": given.tolist()})
+    task = fresh.client.get("/tasks/new").json()
+    assert (task["kind"], task["routing_kind"]) == ("routing", "coefficients")
+    answer = fresh.client.get("/tasks/new/routing")
+    assert torch.equal(load(answer.content)["coefficients"], given)
+    inline = {"coefficients": given.tolist()}
+    asked = {"max_tokens": 16, "return_token_ids": True}
+    found = tokens(fresh, "new")
+    assert fresh.generate(task=None, routing=inline, **asked)["choices"][0]["token_ids"] == found
+    folded = fresh.generate(task=None, routing={"logits": given.tolist()}, **asked)
+    assert folded["choices"][0]["token_ids"] != found
+    register(fresh, id="near", routing={"coefficients": (2 * given).tolist()})
+    similar = fresh.client.get("/tasks/new/similar").json()["similar"]
+    assert similar[0]["id"] == "near"
+    coarse = {"coefficients": given[0].tolist(), "granularity": "model"}
+    assert fresh.client.put("/tasks/new", json={"routing": coarse}).status_code == 200
+    again = fresh.client.get("/tasks/new").json()
+    assert (again["routing_kind"], again["granularity"]) == ("coefficients", "model")
+    assert tokens(fresh, "new") != found
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"coefficients": [[1.0, 2.0]]}, "routing.coefficients"),
+        (
+            {"coefficients": [[1e6, 0, 0, 0]] * 4, "granularity": "model"},
+            "routing.coefficients[0][0]",
+        ),
+        ({"coefficients": [[1, 0, 0, 0]] * 4, "weights": [[1.0]]}, "routing.coefficients"),
+    ],
+)
+def test_unusable_coefficients_are_refused_by_path(
+    fresh: LiveServer, change: Task, field: str
+) -> None:
+    answer = fresh.client.post("/tasks", json={"id": "new", "routing": change})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field
+
+
 @pytest.mark.parametrize("form", ["logits", "weights", "base64", "multipart"])
 def test_every_form_of_a_routing_comes_back_as_given(fresh: LiveServer, form: str) -> None:
     given = torch.softmax(logits(5), -1) if form == "weights" else logits(5)
