@@ -1,5 +1,7 @@
 """Signed, unnormalised routings in one batch with all other kinds of tasks."""
 
+import copy
+
 import pytest
 import torch
 from factories import random_private, random_task, tiny_inventory, tiny_model
@@ -64,6 +66,37 @@ def test_a_mixed_batch_computes_what_each_task_alone_does(form: str) -> None:
             wrong[index] = RoutedTask(f"{spoilt}-{index}", changed)
         distance = (served(wrong)[:3] - torch.stack(wanted[:3])).abs().amax((1, 2))
         assert distance.min() > DIFFERENT
+
+
+@torch.no_grad()
+def test_a_linear_hyper_network_is_an_inventory_and_its_embedding_a_task() -> None:
+    """A LoRA that `nn.Linear` makes of a task's embedding: its columns and its bias are skills."""
+    model = tiny_model()
+    inventory = tiny_inventory(model, heads=1, skills=5)
+    embedding = drawn((4,), 6)
+    generated = {}
+    for module in inventory.header.modules:
+        sides = {}
+        for letter, skills in (("a", inventory.a), ("b", inventory.b)):
+            columns = skills[module.name][0].flatten(1)  # [S, I*r] or [S, r*O]
+            generator = torch.nn.Linear(4, columns.shape[1])
+            generator.weight.copy_(columns[:4].T)
+            generator.bias.copy_(columns[4])
+            sides[letter] = generator(embedding)
+        a = sides["a"].view(module.in_features, inventory.header.rank)
+        generated[module.name] = a @ sides["b"].view(inventory.header.rank, module.out_features)
+    rows = [[*embedding.tolist(), 1.0]]
+    routing = Routing.from_nested(rows, inventory.layout, "coefficients", "model")
+    task = RoutedTask("generated", routing.weights(inventory.layout))
+    ids = torch.randint(1, 250, (1, 7), generator=torch.Generator().manual_seed(0))
+    wanted = copy.deepcopy(model)
+    for name, delta in generated.items():
+        wanted.get_submodule(name).weight += delta.T
+    injection = inject(model, inventory)
+    with use_plan(injection.plan([task, None], [7, 7])):
+        found = model(input_ids=ids.repeat(2, 1), use_cache=False).logits
+    assert (found[0] - wanted(input_ids=ids).logits[0]).abs().max() < EXACT
+    assert (found[1] - found[0]).abs().max() > DIFFERENT
 
 
 def test_coefficients_survive_their_file() -> None:

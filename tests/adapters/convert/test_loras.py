@@ -136,7 +136,11 @@ def test_a_mixture_is_the_linear_merge_of_lorax_and_of_peft(
 
     # PEFT gives A and B the root of each weight, so that weights w² give w to both.
     assert (here - by_peft("same", [w**2 for w in weights])).abs().max() < EXACT
-    assert (here - by_peft("other", weights)).abs().max() > DIFFERENT
+    rooted = by_peft("other", weights)
+    assert (here - rooted).abs().max() > DIFFERENT
+    roots = [[math.sqrt(w) for w in weights]]
+    coefficients = Routing.from_nested(roots, inventory.layout, "coefficients", "model")
+    assert (served(bare, inventory, coefficients, ids_of()) - rooted).abs().max() < EXACT
 
 
 def test_what_cannot_be_one_inventory_is_refused_by_name(tmp_path: Path) -> None:
