@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from polyhead.adapters.inventory import Inventory
 
 convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
-inventory_app = typer.Typer(help="Make an inventory out of LoRAs.", no_args_is_help=True)
+inventory_app = typer.Typer(
+    help="Make an inventory, or one LoRA, out of LoRAs.", no_args_is_help=True
+)
 
 Out = Annotated[Path, typer.Argument(help="Folder of the inventory to write")]
 Backbone = Annotated[str, typer.Option(help="Folder of the backbone, or its name on the hub")]
+Loras = Annotated[
+    list[str],
+    typer.Argument(help="PEFT LoRA folders, each as FOLDER or NAME=FOLDER", metavar="LORA..."),
+]
 Names = Annotated[
     Path | None, typer.Option(help="Task names, one a line, in the order of training")
 ]
@@ -67,10 +73,7 @@ def convert_polytropon_command(
 
 @inventory_app.command("from-loras")
 def from_loras_command(
-    loras: Annotated[
-        list[str],
-        typer.Argument(help="PEFT LoRA folders, each as FOLDER or NAME=FOLDER", metavar="LORA..."),
-    ],
+    loras: Loras,
     backbone: Backbone,
     out: Annotated[Path, typer.Option(help="Folder of the inventory to write")],
     missing: Annotated[
@@ -88,6 +91,36 @@ def from_loras_command(
         folders = _named_folders(loras)
         model = _backbone(backbone)
         _save(inventory_from_loras(folders, model, Path(backbone).name, missing), out)
+
+
+@inventory_app.command("merge")
+def merge_command(
+    loras: Loras,
+    backbone: Backbone,
+    method: Annotated[
+        Literal["ot", "mean", "ties", "dare"],
+        typer.Option(help="ot aligns by optimal transport first; mean is AdaMix's"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the LoRA to write, new or empty")],
+    density: Annotated[float, typer.Option(help="Share of entries that ties and dare keep")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops")] = 0,
+) -> None:
+    """Merge LoRAs of one rank into one, a PEFT folder that a task can own.
+
+    ot, ties and dare need the extra `merge`.
+    """
+    from polyhead.adapters.convert.merging import merge_loras
+    from polyhead.adapters.materialise import peft_folder
+
+    with one_line_errors():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            fail(f"--out {out}: expected a new or an empty folder", 2)
+        folders = _named_folders(loras)
+        merged = merge_loras(folders, _backbone(backbone), method, density, seed)
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in peft_folder(merged, Path(backbone).name).items():
+            (out / name).write_bytes(data)
+    typer.echo(f"{out}: {len(folders)} LoRAs merged by {method} into one")
 
 
 def _named_folders(given: list[str]) -> dict[str, Path]:

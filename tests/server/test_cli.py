@@ -225,6 +225,45 @@ def test_loras_become_an_inventory(tmp_path: Path) -> None:
     assert "given twice" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_loras_are_merged_into_one_folder(tmp_path: Path) -> None:
+    backbone, out = str(tmp_path / "tiny"), tmp_path / "out"
+    tiny_backbone().save_pretrained(backbone)
+    for name in ("first", "second"):
+        lora = LoraConfig(target_modules=["q_proj"], r=2)
+        get_peft_model(tiny_backbone(), lora).save_pretrained(str(tmp_path / name))
+    given = [str(tmp_path / "first"), str(tmp_path / "second"), "--backbone", backbone]
+    asked = ["inventory", "merge", *given, "--method", "ot", "--out", str(out)]
+    done = runner.invoke(app, asked)
+    assert done.exit_code == 0, done.stderr
+    files = {path.name for path in out.iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    done = runner.invoke(app, asked)
+    assert done.exit_code == 2
+    assert "a new or an empty folder" in done.stderr
+
+
+def test_a_polytropon_state_dict_becomes_an_inventory(tmp_path: Path) -> None:
+    backbone, out = str(tmp_path / "tiny"), str(tmp_path / "out")
+    model = tiny_backbone()
+    model.save_pretrained(backbone)
+    name = next(n for n, _ in model.named_modules() if n.endswith("q_proj"))
+    layer = model.get_submodule(name)
+    state = {
+        f"{name}.skills_weight_A": torch.randn(3, 2 * layer.in_features),
+        f"{name}.skills_weight_B": torch.randn(3, 2 * layer.out_features),
+        f"{name}.skill_logits": torch.randn(2, 3),
+    }
+    torch.save(state, tmp_path / "state.pt")
+    source = str(tmp_path / "state.pt")
+    done = runner.invoke(app, ["convert", "polytropon", source, out, "--backbone", backbone])
+    assert done.exit_code == 0, done.stderr
+    assert sorted(Inventory.load(out).tasks) == ["task-0", "task-1"]
+    done = runner.invoke(app, ["convert", "mttl", str(tmp_path), out, "--backbone", backbone])
+    assert done.exit_code == 1
+    assert "mttl_config.json" in done.stderr
+
+
 def test_the_demo_says_how_to_get_what_it_lacks(tmp_path: Path) -> None:
     done = runner.invoke(app, ["demo", str(tmp_path)])
     assert done.exit_code == 1
