@@ -88,7 +88,10 @@ def test_other_variants_and_broken_files_are_refused_by_name(tmp_path: Path) -> 
     refused("skill_logits are missing", **{f"{first}.skill_logits": None})
     refused("A or B is missing", **{f"{first}.skills_weight_B": None})
     refused("wrong shape", **{f"{first}.skills_weight_A": torch.zeros(SKILLS, 33)})
-    refused("stayed frozen", **{"shared.weight": t5(1).state_dict()["shared.weight"] + 1})
+    shared = model.state_dict()["shared.weight"]
+    refused("stayed frozen", **{"shared.weight": shared + 1e-4})
+    torch.save(state | {"shared.weight": shared.bfloat16()}, tmp_path / "state.pt")
+    convert_polytropon(tmp_path / "state.pt", model, "t5")
     refused("none of the adapters'", **{"elsewhere.weight": torch.zeros(2)})
     (tmp_path / "state.pt").write_bytes(b"no pickle")
     with pytest.raises(ConversionError, match=r"state\.pt: not a checkpoint"):
