@@ -1,6 +1,6 @@
 """Putting an inventory into a transformers model, and taking it out again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from polyhead.adapters.layers import RoutedLinear
 from polyhead.adapters.ops import SkillGroup
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan
 from polyhead.adapters.planner import Planner
+from polyhead.adapters.sharding import HeadParts
 
 ALL_LINEAR = "all-linear"
 
@@ -92,10 +93,11 @@ class Injection:
         self.inventory = inventory
         self._model = model
         self._originals = _find_layers(model, inventory)
+        parts = {n: HeadParts.of(m, inventory.header.heads) for n, m in self._originals.items()}
         groups = _shared_inputs(model, self._originals)
         weight = next(model.parameters())
         dtype = skill_dtype(weight.dtype, weight.device)
-        self.slots = _pack_groups(inventory, groups, weight.device, dtype)
+        self.slots = _pack_groups(inventory, groups, parts, weight.device, dtype)
         order = {module.name: i for i, module in enumerate(inventory.header.modules)}
         flat = [order[name] for names in groups for name in names]
         self.planner = Planner(
@@ -196,14 +198,18 @@ def _shared_inputs(model: PreTrainedModel, layers: dict[str, nn.Module]) -> list
 
 
 def _pack_groups(
-    inventory: Inventory, groups: list[list[str]], device: torch.device, dtype: torch.dtype
+    inventory: Inventory,
+    groups: list[list[str]],
+    parts: Mapping[str, HeadParts],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[GroupSlot]:
     slots: list[GroupSlot] = []
     start = 0
     for names in groups:
         a = [inventory.a[name].to(device) for name in names]
         b = [inventory.b[name].to(device) for name in names]
-        group = SkillGroup.pack(a, b, inventory.header.scaling, dtype)
+        group = SkillGroup.pack(a, b, inventory.header.scaling, dtype, parts[names[0]])
         stop = start + group.size * group.columns
         slots.append(GroupSlot(len(slots), group, slice(start, stop)))
         start = stop

@@ -5,6 +5,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from polyhead.adapters.plan import GroupSlot, active_plan
+from polyhead.adapters.sharding import ShardedLinear
 
 
 class RoutedLinear(nn.Module):
@@ -21,11 +22,12 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` to `[..., O]`."""
-        y = cast(Tensor, self.base(x))
-        plan = active_plan()
+        base, plan = self.base, active_plan()
+        sharded = base if isinstance(base, ShardedLinear) else None
+        y = cast(Tensor, base(x)) if sharded is None else sharded.part(x)
         if plan is not None:
             plan.add_delta(self.slot, self.position, x, y)
-        return y
+        return y if sharded is None else sharded.whole(y)
 
     @property
     def weight(self) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.adapters.sharding import EVERYTHING, HeadParts
+
 
 def reference(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, scaling: float) -> Tensor:
     """`scaling * (x A_t) B_t` in float32, literally: average the skills, then multiply.
@@ -28,6 +30,7 @@ class SkillGroup:
     """The skills of G modules that read the same input, packed for one shrink product.
 
     a: `[H, I/H, G*S*r]`, columns ordered (g, s, r). b[g]: `[H, S*r, O_g/H]`, scaling folded in.
+    parts: the heads of the H that a and b hold, where the layers are cut over several processes.
     """
 
     heads: int
@@ -36,18 +39,28 @@ class SkillGroup:
     a: Tensor
     b: tuple[Tensor, ...]
     summing: Tensor  # [S*r, S*r], adds up the skills and hands every skill the sum
+    parts: HeadParts = EVERYTHING
 
     @classmethod
     def pack(
-        cls, a: Sequence[Tensor], b: Sequence[Tensor], scaling: float, dtype: torch.dtype
+        cls,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        scaling: float,
+        dtype: torch.dtype,
+        parts: HeadParts = EVERYTHING,
     ) -> "SkillGroup":
         """From one `[H, S, I/H, r]` and one `[H, S, r, O_g/H]` per module."""
         heads, skills, _, rank = a[0].shape
+        if parts.a is not None:
+            a = [tensor[parts.a] for tensor in a]
+        if parts.b is not None:
+            b = [tensor[parts.b] for tensor in b]
         stacked = torch.stack([tensor.float() for tensor in a])  # [G, H, S, I/H, r]
         packed = stacked.permute(1, 3, 0, 2, 4).flatten(2)  # [H, I/H, G*S*r]
         scaled = tuple((t.float() * scaling).flatten(1, 2).to(dtype).contiguous() for t in b)
         eye = torch.eye(rank, device=packed.device).repeat(skills, skills)
-        return cls(heads, skills, rank, packed.to(dtype).contiguous(), scaled, eye)
+        return cls(heads, skills, rank, packed.to(dtype).contiguous(), scaled, eye, parts)
 
     @property
     def size(self) -> int:
@@ -79,10 +92,16 @@ def factored_shrink(x: Tensor, group: SkillGroup, spread_weights: Tensor, pieces
     """
     tokens = x.shape[0]
     weights = spread_weights.transpose(0, 1)  # [H, n, G*S*r]
-    u = torch.bmm(x.view(tokens, group.heads, -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
-    summed = _weigh(u, weights, pieces).sum(0)  # over heads: [N, G*S*r], float32
+    u = torch.bmm(x.view(tokens, len(group.a), -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
+    summed = _weigh(u, _of(weights, group.parts.a), pieces).sum(
+        0
+    )  # over heads: [N, G*S*r], float32
     v = summed.view(-1, group.columns) @ group.summing  # over skills: [N*G, S*r]
-    return _weigh(v.view(1, tokens, -1), weights, pieces).to(x.dtype)
+    return _weigh(v.view(1, tokens, -1), _of(weights, group.parts.b), pieces).to(x.dtype)
+
+
+def _of(weights: Tensor, heads: slice | None) -> Tensor:
+    return weights if heads is None else weights[heads]
 
 
 def _weigh(values: Tensor, weights: Tensor, pieces: Pieces) -> Tensor:
@@ -94,7 +113,7 @@ def _weigh(values: Tensor, weights: Tensor, pieces: Pieces) -> Tensor:
 def factored_expand(y: Tensor, hidden: Tensor, group: SkillGroup, g: int) -> None:
     """Second half: adds module g's delta onto its base product y `[N, O_g]`, in place."""
     own = hidden[:, :, g * group.columns : (g + 1) * group.columns]  # [H, N, S*r]
-    y.view(y.shape[0], group.heads, -1).transpose(0, 1).add_(torch.bmm(own, group.b[g]))
+    y.view(y.shape[0], len(group.b[g]), -1).transpose(0, 1).add_(torch.bmm(own, group.b[g]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +137,12 @@ class Factors:
 def fold_factors(group: SkillGroup, weights: Tensor) -> Factors:
     """Average a group's skills for one task, in float32. weights `[G, H, S]`."""
     w = weights.float().transpose(0, 1).contiguous()  # [H, G, S]
-    a_t = torch.bmm(group.a.float(), _averaging(w, group.rank))  # [H, I/H, G*r]
+    a_t = torch.bmm(group.a.float(), _averaging(_of(w, group.parts.a), group.rank))  # [H, I/H, G*r]
     b_t = []
     for g, b in enumerate(group.b):
-        by_skill = b.view(group.heads, group.skills, -1).float()  # [H, S, r*O/H]
-        mean = torch.bmm(w[:, g : g + 1], by_skill).view(group.heads, group.rank, -1)
+        by_skill = b.view(len(b), group.skills, -1).float()  # [H, S, r*O/H]
+        own = _of(w, group.parts.b)[:, g : g + 1]
+        mean = torch.bmm(own, by_skill).view(len(b), group.rank, -1)
         b_t.append(mean.transpose(0, 1).reshape(group.rank, -1).to(b.dtype).contiguous())
     return Factors(a_t.flatten(0, 1).to(group.a.dtype), tuple(b_t))
 

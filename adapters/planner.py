@@ -54,7 +54,9 @@ class Planner:
         self._device = device
         self.costs = costs or FormCosts()
         first = slots[0].group
-        self._kernels = kernels or kernels_for(first.a.dtype, first.a.device)
+        whole = all(slot.group.parts.is_whole for slot in slots)
+        # The kernels take as many heads of A as of B.
+        self._kernels = (kernels or kernels_for(first.a.dtype, first.a.device)) if whole else None
         board = WeightBoard if self._kernels is None else PlainBoard
         self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
@@ -175,9 +177,9 @@ class Planner:
         own = [name for name in names if name in adapter.a]
         if not own:
             return None
-        dtype = slot.group.a.dtype
-        a = torch.cat([adapter.a[name] for name in own], dim=1)
-        b = [adapter.b.get(name) for name in names]
+        parts, heads, dtype = slot.group.parts, slot.group.heads, slot.group.a.dtype
+        a = torch.cat([parts.rows(adapter.a[name], heads) for name in own], dim=1)
+        b = [parts.columns(adapter.b[name], heads) if name in adapter.b else None for name in names]
         moved = tuple(None if t is None else t.to(self._device, dtype).contiguous() for t in b)
         return ops.Factors(a.to(self._device, dtype), moved)
 

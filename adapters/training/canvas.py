@@ -13,14 +13,20 @@ def figure(panels: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
     Raises `AdapterError` when matplotlib is not installed: nothing but pictures needs it.
     """
+    return grid(panels, 1, width, height)
+
+
+def grid(panels: int, across: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure of `panels` axes, `across` of them in a row. Otherwise as `figure`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise AdapterError("pictures need matplotlib: pip install 'polyhead[train]'") from exc
-    made = Figure(figsize=(width, height * panels), layout="constrained")
+    rows = -(-panels // across)
+    made = Figure(figsize=(width * across, height * rows), layout="constrained")
     FigureCanvasAgg(made)
-    return made, list(made.subplots(panels, 1, squeeze=False)[:, 0])
+    return made, list(made.subplots(rows, across, squeeze=False).flat)[:panels]
 
 
 def save(made: Any, path: Path) -> None:

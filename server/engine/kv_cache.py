@@ -1,7 +1,7 @@
 """The keys and values of every sequence, as tensors, behind transformers' `Cache` interface."""
 
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class KVShape:
             heads=getattr(text, "num_key_value_heads", None) or heads,
             width=getattr(text, "head_dim", None) or text.hidden_size // heads,
         )
+
+    def split(self, processes: int) -> "KVShape":
+        """What each of several processes keeps, that hold a part of the heads each."""
+        return replace(self, heads=self.heads // processes)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that one token's keys and values take in all layers."""

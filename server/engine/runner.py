@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from polyhead.adapters.inject import Injection
 from polyhead.adapters.plan import use_plan
+from polyhead.adapters.sharding import ranks_of
 from polyhead.server.engine.attention import IMPLEMENTATION, StepAttention, use_step
 from polyhead.server.engine.batch import Batch, Row, Sampled
 from polyhead.server.engine.kv_cache import KVShape, KVStore, StepCache
@@ -64,7 +65,7 @@ class Runner:
         self._cache_keyword = cache_keyword(model)
         self._injection = injection
         self._capacities = capacities
-        self._shape = KVShape.of(model.config)
+        self._shape = KVShape.of(model.config).split(ranks_of(model).size)
         self._forms: Mapping[str, int] = {"bare": 1}  # of the step that is being computed
         self.report = RunReport()  # of the last step
         model.set_attn_implementation(IMPLEMENTATION)
