@@ -18,7 +18,7 @@ export HF_HUB_OFFLINE := 1
 # pip leaves byte code to the first import, which compiles a tenth of it; it must be kept then.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup serve test check images lint-images crash faults soak replacing fuzz bench npm suite clean
+.PHONY: setup serve test check images lint-images crash faults soak pictures replacing fuzz bench npm suite clean
 .DELETE_ON_ERROR:
 
 setup: $(INSTALLED) $(DEMO)
@@ -40,7 +40,7 @@ check: $(INSTALLED)
 lint-images: $(INSTALLED)
 	$(BIN)/hadolint docker/Dockerfile
 	POSTGRES_PASSWORD=lint $(BIN)/docker-compose --file docker/compose.yaml config --quiet
-	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard docker/kubernetes/*.yaml))
+	$(BIN)/python docker/kustomized.py
 
 # Builds the container image and runs it; needs mmdebstrap, buildah, podman and runc, not Docker.
 images: setup
@@ -58,6 +58,10 @@ faults: setup
 # Half an hour of work, changes, fits and clients that leave; SOAK='--minutes 1.5 ...' for less.
 soak: setup
 	$(BIN)/python -m benchmarks.soak $(SOAK)
+
+# The pictures of the dashboards in docs/pictures, from a live Prometheus.
+pictures: setup
+	$(BIN)/python -m benchmarks.dashboard_pictures
 
 # 1,000 requests to a task that is replaced all the while.
 replacing: setup

@@ -18,6 +18,7 @@ COMMANDS = (
     "load",
     "prefix",
     "soak",
+    "dashboard_pictures",
     "lm_eval",
     "guidellm",
     "gpu",

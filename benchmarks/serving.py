@@ -69,12 +69,18 @@ class Served:
         return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-@contextlib.contextmanager
-def serving(backbone: Path, inventory: Path, data_dir: Path, *flags: str) -> Iterator[Served]:
-    """A server on a free loopback port; yields once it is ready, ends with the block."""
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serving(backbone: Path, inventory: Path, data_dir: Path, *flags: str) -> Iterator[Served]:
+    """A server on a free loopback port; yields once it is ready, ends with the block."""
+    port = free_port()
     paths = ["--backbone", backbone, "--inventory", inventory, "--data-dir", data_dir]
     command = [*START, *map(str, paths), "--port", str(port), *flags]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
