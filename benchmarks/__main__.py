@@ -18,6 +18,7 @@ COMMANDS = (
     "load",
     "prefix",
     "soak",
+    "overhead",
     "dashboard_pictures",
     "lm_eval",
     "guidellm",

@@ -15,7 +15,7 @@ from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.measuring import measure_costs
 from polyhead.adapters.plan import RoutedTask
 from polyhead.server.engine.backbone import load_backbone
-from polyhead.server.engine.engine import Engine
+from polyhead.server.engine.engine import Engine, Watch
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.packed_linears import pack_linears
 from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
@@ -32,7 +32,14 @@ class EngineSide:
     """Polyhead's engine, driven in process. routed=False leaves the backbone bare."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, *, routed: bool, seats: int, step_tokens: int = 128
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        *,
+        routed: bool,
+        seats: int,
+        step_tokens: int = 128,
+        watch: Watch | None = None,
     ) -> None:
         model = load_backbone(folder, dtype, CPU)
         pack_linears(model)
@@ -53,6 +60,7 @@ class EngineSide:
             Scheduler(SchedulerConfig(seats, max(seats, step_tokens)), space),
             Tokenizer.load(folder),
             self._receive,
+            watch=watch,
         )
         self._changed = threading.Condition()
         self._left = 0
@@ -65,9 +73,12 @@ class EngineSide:
         for number, (item, task) in enumerate(zip(work, tasks, strict=True)):
             params = SamplingParams(max_tokens=item.new_tokens, ignore_eos=True)
             name = f"task-{item.task}"
-            self.engine.submit(Request(f"r{number}", name, name, item.prompt, task, params))
+            self.submit(Request(f"r{number}", name, name, item.prompt, task, params))
         with self._changed:
             self._changed.wait_for(lambda: self._left == 0)
+
+    def submit(self, request: Request) -> None:
+        self.engine.submit(request)
 
     def _task(self, number: int) -> RoutedTask | None:
         if self._injection is None:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -24,6 +25,7 @@ from polyhead.server.http.problems import native, problem_response
 from polyhead.server.http.stream import error_event
 from polyhead.server.scale.calls import read_body, repeatable, task_of
 from polyhead.server.scale.exchange import portable
+from polyhead.server.scale.merging import merged
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ LOST = (
 )
 """What a call ends in when its replica, or the replica's machine, is gone."""
 TRIES = 3
+METRICS_SECONDS = 5.0
+"""How long replicas may take to tell their metrics; Prometheus waits for 10 s."""
 
 Messages = DeploymentResponseGenerator[Message]
 
@@ -56,6 +60,8 @@ class Gateway:
     async def __call__(self, request: Request) -> Response:
         """Answer one HTTP call."""
         path = request.url.path
+        if (request.method, path) == ("GET", "/metrics"):
+            return await self._metrics(portable(request.scope))
         body = await read_body(request, self._max_body_bytes)
         handle = self._replicas.options(
             stream=True, method_name="call", multiplexed_model_id=task_of(path, body)
@@ -70,6 +76,25 @@ class Gateway:
                     continue
         form = error_body if path.startswith("/v1/") else native
         return problem_response(ReplicaLost(repeatable(request.method, path)), form)
+
+    async def _metrics(self, scope: dict[str, Any]) -> Response:
+        """What every replica shows, or the refusal of one: all of them know the same keys. A
+        replica that is lost meanwhile has nothing to show."""
+        asked = self._replicas.broadcast("answer", scope)
+        found = await asked.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
+        answers = [answer for answer in found if not isinstance(answer, BaseException)]
+        refused = [messages for _, messages in answers if messages[0]["status"] != 200]
+        if refused or not answers:
+            return _whole(refused[0]) if refused else problem_response(ReplicaLost(True), native)
+        texts = {name: _whole(messages).body for name, messages in answers}
+        text = merged({name: bytes(body).decode() for name, body in texts.items()})
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _whole(messages: list[Message]) -> Response:
+    response = Response(b"".join(m.get("body", b"") for m in messages), messages[0]["status"])
+    response.raw_headers = messages[0]["headers"]
+    return response
 
 
 async def _answer(messages: Messages, path: str) -> Response:

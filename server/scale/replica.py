@@ -53,6 +53,10 @@ class Replica:
             async for message in messages:
                 yield self._signed(message)
 
+    async def answer(self, scope: dict[str, Any]) -> tuple[str, list[Message]]:
+        """This replica's name, and the whole answer to a call without a body."""
+        return self._name, [message async for message in self.call(scope, b"")]
+
     def _signed(self, message: Message) -> Message:
         """The answer says who gave it: without that, a balance cannot be looked into."""
         if message["type"] == "http.response.start":

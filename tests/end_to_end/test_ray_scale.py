@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from live_server import TASKS
 from postgres_server import PostgresServer
+from prometheus_client.parser import text_string_to_metric_families
 from ray_cluster import RayCluster, ray_cluster
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install polyhead[scale]")
@@ -98,6 +99,21 @@ def test_a_refusal_passes_through_unchanged(cluster: RayCluster) -> None:
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["code"] == "unknown_task"
+
+
+def test_metrics_are_those_of_every_replica(cluster: RayCluster) -> None:
+    homes = {whole(cluster, f"copy-{number}")[0] for number in range(12)}
+    answer = cluster.client.get("/metrics")
+    assert answer.status_code == 200, answer.text
+    counted = {
+        sample.labels["replica"]: sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+        if sample.name == "polyhead_prompt_tokens_total"
+    }
+    assert counted.keys() == homes
+    assert len(homes) == 2
+    assert min(counted.values()) > 0
 
 
 def test_a_lost_machine_breaks_no_answer_silently(cluster: RayCluster) -> None:
