@@ -18,6 +18,7 @@ from polyhead.adapters.materialise import own_factors, peft_folder
 from polyhead.adapters.peft_lora import CONFIG_FILE, WEIGHTS_FILE, read_peft_lora
 from polyhead.adapters.plan import Adapter, RoutedTask, use_plan
 from polyhead.adapters.private import PrivateAdapter
+from polyhead.adapters.routing import Routing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -35,6 +36,15 @@ def uneven(inventory: Inventory, seed: int) -> PrivateAdapter:
     a = {name: tensor[:, : ranks[name]] for name, tensor in whole.a.items()}
     b = {name: tensor[: ranks[name]] for name, tensor in whole.b.items()}
     return PrivateAdapter.checked(a, b, inventory.header.modules, scaling=0.7)
+
+
+def signed_task(inventory: Inventory, seed: int) -> RoutedTask:
+    """With coefficients at granularity `model`."""
+    layout = inventory.layout
+    drawn = 0.4 * torch.randn(layout.shape("model"), generator=torch.Generator().manual_seed(seed))
+    return RoutedTask(
+        "signed", Routing.checked(drawn, layout, "coefficients", "model").weights(layout)
+    )
 
 
 def in_peft(adapter: Adapter, inventory: Inventory, bare: PreTrainedModel, folder: Path) -> Any:
@@ -61,7 +71,7 @@ def test_logits_and_greedy_tokens_equal_those_served(
 ) -> None:
     bare = tiny_model(family)
     inventory = tiny_inventory(bare)
-    served = [*(random_task(inventory, f"t{i}", i) for i in range(2)), uneven(inventory, 3)]
+    served = [random_task(inventory, "t", 0), signed_task(inventory, 1), uneven(inventory, 3)]
     models = [in_peft(a, inventory, bare, tmp_path / str(i)) for i, a in enumerate(served)]
     injection = inject(bare, inventory, FORMS[form])
     ids = torch.randint(1, 250, (3, 7), generator=torch.Generator().manual_seed(3))
