@@ -83,7 +83,7 @@ class Run:
         (self.out / f"run-{self.method}-{self.seed}.json").write_text(json.dumps(told))
 
 
-def main() -> None:
+def compute() -> None:
     method, seed, told = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     run = Run(method, seed, told, time.monotonic())
     inventory, facts = train(run)
@@ -251,4 +251,4 @@ def parts(encoded: Sequence[Encoded]) -> list[Sequence[Encoded]]:
 
 
 if __name__ == "__main__":
-    main()
+    compute()
