@@ -231,7 +231,7 @@ def main() -> int:
     def report(figure: Figure) -> None:
         figures.append(figure)
         print(row(figure), flush=True)
-        if options.out is not None:  # kept as they come: a lease may end
+        if options.out is not None:  # kept as they come: a run may be cut off
             options.out.mkdir(parents=True, exist_ok=True)
             told = {**facts, "figures": [asdict(f) for f in figures]}
             (options.out / "gpu.json").write_text(json.dumps(told, indent=1))
