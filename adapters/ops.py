@@ -93,9 +93,8 @@ def factored_shrink(x: Tensor, group: SkillGroup, spread_weights: Tensor, pieces
     tokens = x.shape[0]
     weights = spread_weights.transpose(0, 1)  # [H, n, G*S*r]
     u = torch.bmm(x.view(tokens, len(group.a), -1).transpose(0, 1), group.a)  # [H, N, G*S*r]
-    summed = _weigh(u, _of(weights, group.parts.a), pieces).sum(
-        0
-    )  # over heads: [N, G*S*r], float32
+    weighed = _weigh(u, _of(weights, group.parts.a), pieces)
+    summed = weighed.sum(0)  # over heads: [N, G*S*r], float32
     v = summed.view(-1, group.columns) @ group.summing  # over skills: [N*G, S*r]
     return _weigh(v.view(1, tokens, -1), _of(weights, group.parts.b), pieces).to(x.dtype)
 

@@ -137,7 +137,8 @@ def trained(
     """Training tasks under their own routings."""
     known = [task for task in tasks if task.name in inventory.tasks]
     routings = [inventory.tasks[task.name] for task in known]
-    return {"trained": right(run, model, tokenizer, known, routed(inventory, routings, model))}
+    source = routed(inventory, routings, model)
+    return {"trained": right(run, model, tokenizer, inventory, known, source)}
 
 
 def fitted(
@@ -183,7 +184,7 @@ def _fitted(
                        run.out / f"{way.replace(', ', '-').replace(' ', '-')}.pt")  # fmt: skip
     else:
         source = private(inventory, [results[task.name].private for task in done], model)
-    return right(run, model, tokenizer, done, source)
+    return right(run, model, tokenizer, inventory, done, source)
 
 
 def prompted(
@@ -224,10 +225,11 @@ def private(
 
 @torch.inference_mode()
 def right(
-    run: Run, model: PreTrainedModel, tokenizer: Any, tasks: Sequence[SuiteTask], source: Source
-) -> dict[str, float]:
+    run: Run, model: PreTrainedModel, tokenizer: Any, inventory: Inventory,
+    tasks: Sequence[SuiteTask], source: Source,
+) -> dict[str, float]:  # fmt: skip
     """Exact match of greedy decoding by task; the source's tasks are these, in this order."""
-    header = Inventory.load(run.out / f"run-{run.method}-{run.seed}" / "inventory").header
+    header = inventory.header
     trainable = Trainable(model, header.modules, source, header.scaling)
     found: dict[str, float] = {}
     for number, task in enumerate(tasks):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_model import SHAPES, Backbone, Beside, Combined, Factored, error
+from benchmarks.gpu_model import SHAPES, SKILLS, Backbone, Beside, Combined, Factored, error
 from polyhead.adapters import ops
 
 LARGEST_ERROR = 0.03
@@ -86,13 +86,12 @@ def sides(
     yield "factored", everyone, skills, Factored(backbone, batch, tasks, everyone)
     yield "factored, forked", everyone, skills, Factored(backbone, batch, tasks, everyone)
     yield "factored, forked", tasks, skills, Factored(backbone, batch, tasks, tasks)
-    each = skills // _share(backbone)
-    yield "combined, forked", tasks, tasks * each, Combined(backbone, batch, tasks, known)
-
-
-def _share(backbone: Backbone) -> int:
-    """How many tasks' own factors are as large as the skills."""
-    return backbone.layers[0].group.skills
+    yield (
+        "combined, forked",
+        tasks,
+        tasks * skills // SKILLS,
+        Combined(backbone, batch, tasks, known),
+    )
 
 
 def measure(backbone: Backbone, report: Callable[[Figure], None]) -> None:

@@ -11,6 +11,7 @@ their products: components that stand in another order, or with another sign, ca
 Only `ot` is immune to that.
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -111,8 +112,6 @@ def _ratio(over: Tensor, under: Tensor) -> Tensor:
 
 
 def _library(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as exc:

@@ -1,5 +1,6 @@
 """`polyhead convert` and `polyhead inventory`: inventories out of what others have trained."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,9 +37,7 @@ def convert_peft_command(
     """Turn a PEFT POLY adapter into an inventory and the routings of its tasks."""
     from polyhead.adapters.convert.peft import convert_peft
 
-    with one_line_errors():
-        task_names = _read_names(names)
-        _save(convert_peft(source, _backbone(backbone), Path(backbone).name, task_names), out)
+    _convert(convert_peft, source, out, backbone, names)
 
 
 @convert_app.command("mttl")
@@ -51,9 +50,7 @@ def convert_mttl_command(
     """Turn a Poly or MHR checkpoint of mttl, camera-ready or main, into an inventory."""
     from polyhead.adapters.convert.mttl import convert_mttl
 
-    with one_line_errors():
-        task_names = _read_names(names)
-        _save(convert_mttl(source, _backbone(backbone), Path(backbone).name, task_names), out)
+    _convert(convert_mttl, source, out, backbone, names)
 
 
 @convert_app.command("polytropon")
@@ -66,9 +63,7 @@ def convert_polytropon_command(
     """Turn a state dict of McGill's Polytropon into an inventory."""
     from polyhead.adapters.convert.polytropon import convert_polytropon
 
-    with one_line_errors():
-        task_names = _read_names(names)
-        _save(convert_polytropon(source, _backbone(backbone), Path(backbone).name, task_names), out)
+    _convert(convert_polytropon, source, out, backbone, names)
 
 
 @inventory_app.command("from-loras")
@@ -136,8 +131,16 @@ def _named_folders(given: list[str]) -> dict[str, Path]:
     return folders
 
 
-def _read_names(path: Path | None) -> list[str] | None:
-    return path.read_text().split() if path else None
+def _convert(
+    convert: "Callable[[Path, Any, str, Sequence[str] | None], Inventory]",
+    source: Path,
+    out: Path,
+    backbone: str,
+    names: Path | None,
+) -> None:
+    with one_line_errors():
+        task_names = names.read_text().split() if names else None
+        _save(convert(source, _backbone(backbone), Path(backbone).name, task_names), out)
 
 
 def _backbone(name: str) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.plan import Adapter, RoutedTask
@@ -91,7 +91,5 @@ def read_routing(body: RoutingBody, inventory: Inventory) -> Routing:
                 expected=repr(routing.granularity),
             )
         return routing
-    kind: RoutingKind = (
-        "logits" if form == "logits" else "weights" if form == "weights" else "coefficients"
-    )
+    kind = cast(RoutingKind, form)
     return Routing.from_nested(getattr(body, form), layout, kind, body.granularity)

@@ -150,7 +150,7 @@ class RoutingBody(Body):
     """A routing as nested lists or as a safetensors file; exactly one of the four forms."""
 
     logits: list[Any] | None = Field(
-        default=None, description="Folded to weights by sigmoid and mean"
+        default=None, description="Folded to weights: their sigmoids over the sum of a row"
     )
     weights: list[Any] | None = Field(default=None, description="Not negative; every row sums to 1")
     coefficients: list[Any] | None = Field(
