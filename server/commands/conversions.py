@@ -152,7 +152,7 @@ def _backbone(name: str) -> Any:
     )
 
     cpu = pick_device("cpu")
-    return load_backbone(find_backbone(name), pick_dtype("float32", cpu), cpu)
+    return load_backbone(find_backbone(name), pick_dtype("float32", cpu), cpu, any_kind=True)
 
 
 def _save(inventory: "Inventory", out: Path) -> None:

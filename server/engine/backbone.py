@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
 from polyhead.server.engine.errors import BackboneError
 
@@ -33,14 +38,27 @@ def find_backbone(name: str) -> Path:
         ) from exc
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A causal model from a transformers folder, frozen and in evaluation mode."""
+def load_backbone(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, any_kind: bool = False
+) -> PreTrainedModel:
+    """A model from a transformers folder, frozen and in evaluation mode.
+
+    any_kind: an encoder-decoder too, for which inventories are converted but which is not served;
+    else it is refused. Raises `BackboneError`.
+    """
     if not (folder / "config.json").is_file():
         raise BackboneError(
             f"{folder}: no config.json; expected the folder of a transformers model"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.is_encoder_decoder and not any_kind:
+            raise BackboneError(
+                f"{folder}: {config.model_type} is an encoder-decoder, which is not served; "
+                "expected a causal model"
+            )
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as exc:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PolyConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from polyhead.adapters.inject import find_modules
@@ -245,9 +245,10 @@ def test_loras_are_merged_into_one_folder(tmp_path: Path) -> None:
 
 def test_a_polytropon_state_dict_becomes_an_inventory(tmp_path: Path) -> None:
     backbone, out = str(tmp_path / "tiny"), str(tmp_path / "out")
-    model = tiny_backbone()
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_layers=1))  # as published ones are
     model.save_pretrained(backbone)
-    name = next(n for n, _ in model.named_modules() if n.endswith("q_proj"))
+    name = "decoder.block.0.layer.0.SelfAttention.q"
     layer = model.get_submodule(name)
     state = {
         f"{name}.skills_weight_A": torch.randn(3, 2 * layer.in_features),

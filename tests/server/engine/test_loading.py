@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from factories import save_backbone, tiny_inventory, tiny_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from polyhead.server.config import Settings
-from polyhead.server.engine.backbone import find_backbone
+from polyhead.server.engine.backbone import find_backbone, load_backbone
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.loading import Loaded, load
 
@@ -58,6 +64,17 @@ def test_rotary_embeddings_that_depend_on_the_batch_are_refused(tmp_path: Path) 
     model = tiny_model(rope_parameters=rope)
     with pytest.raises(BackboneError, match="dynamic"):
         loaded(model, tmp_path)
+
+
+def test_an_encoder_decoder_is_refused_in_a_line_and_read_where_it_is_converted(
+    tmp_path: Path,
+) -> None:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**sizes, num_layers=1)).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="t5 is an encoder-decoder, which is not served"):
+        load_backbone(tmp_path, torch.float32, torch.device("cpu"))
+    model = load_backbone(tmp_path, torch.float32, torch.device("cpu"), any_kind=True)
+    assert isinstance(model, T5ForConditionalGeneration)
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
