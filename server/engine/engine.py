@@ -248,8 +248,9 @@ class Engine:
             request = row.sequence.request
             if row.start < len(request.prompt):
                 self._started.setdefault(request.id, now)
+        begun = (row.sequence.request.id for row in batch.rows)
         with self._wake:
-            self._pace.leave(row.sequence.request.id for row in batch.rows)
+            self._pace.begun(begun, self._scheduler.free_seats)
 
     def _fail(self, batch: Batch, exc: Exception) -> None:
         """End the requests of a failed step; the others compute their tokens anew."""

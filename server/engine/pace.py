@@ -17,16 +17,18 @@ LEARNT = 0.05
 
 
 class Pace:
-    """Adds up the tokens that wait, and measures tokens a second whenever something waits.
+    """Adds up the tokens that wait, and measures tokens a second of the steps that leave a line.
 
-    Steps without a line do not count: a small batch is slow for its tokens, and does not tell how
-    fast a full one would be. Until there was a line, no wait is expected.
+    Steps that take in all there is do not count: a small batch is slow for its tokens, and does not
+    tell how fast a full one would be. Until one has left a line, no wait is expected.
     """
 
     def __init__(self) -> None:
         self._rate: float | None = None  # tokens per second
         self._used = 1.0  # of max_tokens, by answers that have ended
         self._waiting: dict[str, tuple[int, str, float]] = {}  # priority, task, tokens
+        self._free_seats = 0  # that the last step left
+        self._crowded = True  # more waited than it left seats for
 
     def wait_of(self, request: Request) -> float:
         """Seconds until a request that comes now would begin.
@@ -34,7 +36,7 @@ class Pace:
         Tasks take turns, so a newcomer waits for its own task's requests and as much of each other
         task's, not for all that a crowd has put in line.
         """
-        if self._rate is None:
+        if self._rate is None or len(self._waiting) < self._free_seats:
             return 0.0
         before: dict[str, float] = defaultdict(float)
         for priority, task, tokens in self._waiting.values():
@@ -48,14 +50,18 @@ class Pace:
     def joins(self, request: Request) -> None:
         self._waiting[request.id] = (request.priority, request.task, self._work(request))
 
-    def leave(self, request_ids: Iterable[str]) -> None:
-        """These have begun; whoever does not wait is ignored."""
+    def begun(self, request_ids: Iterable[str], free_seats: int) -> None:
+        """These are in the step that begins now, which leaves so many seats free; ids that did not
+        wait are ignored.
+        """
         for name in request_ids:
             self._waiting.pop(name, None)
+        self._free_seats = free_seats
+        self._crowded = len(self._waiting) > free_seats
 
     def stepped(self, tokens: int, seconds: float) -> None:
-        """Account for a step while something waited."""
-        if not self._waiting or seconds <= 0:
+        """Account for the step that has begun last."""
+        if not (self._crowded and self._waiting) or seconds <= 0:
             return
         weight = 1.0 if self._rate is None else 1 - exp(-seconds / MEMORY_SECONDS)
         self._rate = (self._rate or 0.0) + weight * (tokens / seconds - (self._rate or 0.0))

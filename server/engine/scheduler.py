@@ -46,6 +46,12 @@ class Scheduler:
         self.line = WaitingLine()
         self.preemptions = 0
         self._steps = 0
+        self._blocked = False  # the head of the line did not get a seat
+
+    @property
+    def free_seats(self) -> int:
+        """Seats for those in line and after: none while the cache has no room for the first."""
+        return 0 if self._blocked else self.config.max_running - len(self.running)
 
     def add(self, sequence: Sequence) -> None:
         self.line.add(sequence)
@@ -116,16 +122,16 @@ class Scheduler:
 
     def _prefill_rows(self, rows: dict[Sequence, int], budget: int) -> None:
         pending = [s for s in self.running if s.prefilling]
-        may_swap, blocked = True, False
+        may_swap, self._blocked = True, False
         while budget > 0:
-            head = None if blocked else self.line.peek()
+            head = None if self._blocked else self.line.peek()
             candidates = pending if head is None else [*pending, head]
             if not candidates:
                 return
             sequence = min(candidates, key=self._urgency)
             if sequence is head and not self._seat(head):
                 victim = self._unfair_seat(head) if may_swap else None
-                may_swap, blocked = False, victim is None
+                may_swap, self._blocked = False, victim is None
                 if victim is not None:
                     self._free(victim)  # its seat is wanted, not its memory
                     self._preempt(victim)

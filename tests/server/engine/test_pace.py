@@ -55,7 +55,7 @@ def test_the_less_urgent_are_not_waited_for() -> None:
 
 def test_who_has_begun_or_ended_is_waited_for_no_longer() -> None:
     pace = busy({"a": 50})
-    pace.leave([asked("a", number=number).id for number in range(20)])
+    pace.begun([asked("a", number=number).id for number in range(20)], 0)
     assert pace.wait_of(asked("a")) == pytest.approx(3.0)
     request = asked("a", number=20)
     pace.ended(Sequence(request, 0, list(request.prompt)))
@@ -64,11 +64,22 @@ def test_who_has_begun_or_ended_is_waited_for_no_longer() -> None:
 
 def test_steps_of_a_small_batch_do_not_slow_the_pace() -> None:
     pace = busy({"a": 50})
-    pace.leave([asked("a", number=number).id for number in range(50)])
+    pace.begun([asked("a", number=number).id for number in range(50)], 14)
+    for number in range(20):
+        pace.joins(asked("a", number=number))  # after it has begun: it was small without them
     for _ in range(100):
         pace.stepped(1, 1.0)
-    pace.joins(asked("a"))
-    assert pace.wait_of(asked("a")) == pytest.approx(0.1)
+    assert pace.wait_of(asked("a")) == pytest.approx(2.0)
+
+
+def test_whoever_finds_a_free_seat_does_not_wait() -> None:
+    pace = busy({"a": 50})
+    pace.begun([asked("a", number=number).id for number in range(50)], 14)
+    for number in range(13):
+        pace.joins(asked("a", number=number))
+    assert pace.wait_of(asked("a")) == 0.0
+    pace.joins(asked("a", number=13))
+    assert pace.wait_of(asked("a")) == pytest.approx(1.4)
 
 
 def test_the_pace_follows_a_change_within_seconds() -> None:
