@@ -1,7 +1,8 @@
 """A step as the compiled kernels take it: tables of addresses instead of tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polyhead.adapters import cpu_kernels, ops
+from polyhead.adapters.cpu_pair_tiles import pairs_supported
 
 MOST_THREADS = 2
 """The kernels use one thread: with more than these torch's own products are faster."""
@@ -18,21 +20,27 @@ READ = (torch.float32, torch.bfloat16)
 
 Numbers = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Hidden = tuple[Floats | None, Floats | None]
+Hidden = tuple[Any | None, Any | None]
 """The low-rank activations of a group: factored `[n, G, r]`, combined `[N, R]`."""
+Laying = Callable[[Tensor], Tensor]
+"""A matrix in the order in which kernels read it."""
 
 
 def compiled_for(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels serve numbers of this kind."""
-    plain = device.type == "cpu" and dtype == torch.float32
-    return plain and torch.get_num_threads() <= MOST_THREADS
+    """Whether the kernels serve numbers of this kind, bfloat16 in shapes that suit them."""
+    served = dtype == torch.float32 or (dtype == torch.bfloat16 and pairs_supported())
+    return served and device.type == "cpu" and torch.get_num_threads() <= MOST_THREADS
 
 
-def skill_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What the skills of a backbone are kept in: its own dtype, but float32 for bfloat16 where the
-    kernels serve. They are small beside the backbone, and the kernels compute in nothing else."""
-    widened = dtype == torch.bfloat16 and compiled_for(torch.float32, device)
-    return torch.float32 if widened else dtype
+def skill_dtype(dtype: torch.dtype, device: torch.device, in_pairs: bool) -> torch.dtype:
+    """What the skills of a backbone are kept in: its own dtype, but float32 for bfloat16 where only
+    the kernels of float32 serve. Skills are small beside the backbone.
+
+    in_pairs: whether their shapes suit the kernels of bfloat16 (`pairs.fits`).
+    """
+    if dtype != torch.bfloat16 or (in_pairs and compiled_for(dtype, device)):
+        return dtype
+    return torch.float32 if compiled_for(torch.float32, device) else dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,26 +49,48 @@ class FactorTable:
 
     groups: Numbers  # [groups, 2]: address of A_t, sum of its ranks
     modules: Numbers  # [M, 3]: address of B_t, rank, first column in the group
+    held: tuple[Tensor, ...] = ()  # matrices that nothing else keeps alive
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds itself."""
+        return sum(tensor.nbytes for tensor in self.held)
 
     @classmethod
-    def of(cls, factors: Sequence[ops.Factors | None], sizes: Sequence[int]) -> "FactorTable":
-        groups, modules = [], []
+    def of(
+        cls,
+        factors: Sequence[ops.Factors | None],
+        sizes: Sequence[int],
+        laid: Laying | None = None,
+    ) -> "FactorTable":
+        """laid: what makes a matrix ready for the kernels; None where they read it as it is."""
+        groups, modules, held = [], [], []
+
+        def address(matrix: Tensor) -> int:
+            if laid is not None:
+                matrix = laid(matrix)
+                held.append(matrix)
+            return matrix.data_ptr()
+
         for own, size in zip(factors, sizes, strict=True):
             if own is None:
                 groups.append((0, 0))
                 modules += [(0, 0, 0)] * size
                 continue
-            groups.append((own.a.data_ptr(), own.a.shape[1]))
+            groups.append((address(own.a), own.a.shape[1]))
             column = 0
             for b in own.b:
                 rank = 0 if b is None else b.shape[0]
-                modules.append((0 if b is None else b.data_ptr(), rank, column))
+                modules.append((0 if b is None else address(b), rank, column))
                 column += rank
-        return cls(np.array(groups, np.int64), np.array(modules, np.int64))
+        return cls(np.array(groups, np.int64), np.array(modules, np.int64), tuple(held))
 
 
 class CompiledCombined:
     """The tokens of the combined form, all tasks in one table."""
+
+    kernels: ClassVar[Any] = cpu_kernels
+    number: ClassVar[type[np.generic]] = np.float32  # of the low-rank activations
 
     def __init__(
         self, tokens: int, tables: Sequence[FactorTable], positions: Sequence[Sequence[int]]
@@ -72,15 +102,16 @@ class CompiledCombined:
         runs = [(*run, task) for task, own in enumerate(positions) for run in _runs(own)]
         self._runs = np.array(runs, np.int64)  # [K, 3]: first token, tokens, task
 
-    def shrink(self, group: int, x: Tensor) -> Floats:
-        hidden = np.zeros((self._tokens, self._width), np.float32)
+    def shrink(self, group: int, x: Tensor) -> NDArray[Any]:
+        hidden = np.zeros((self._tokens, self._width), self.number)
         a, ranks = self._groups[group]
-        cpu_kernels.combined_shrink(x.data_ptr(), x.shape[1], a, ranks, self._runs, hidden)
+        self.kernels.combined_shrink(x.data_ptr(), x.shape[1], a, ranks, self._runs, hidden)
         return hidden
 
-    def expand(self, module: int, hidden: Floats, y: Tensor) -> None:
+    def expand(self, module: int, hidden: NDArray[Any], y: Tensor) -> None:
         b, ranks, offsets = self._modules[module]
-        cpu_kernels.combined_expand(y.data_ptr(), y.shape[1], b, ranks, offsets, self._runs, hidden)
+        address, width = y.data_ptr(), y.shape[1]
+        self.kernels.combined_expand(address, width, b, ranks, offsets, self._runs, hidden)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,24 +121,27 @@ class CompiledFactored:
     tokens: slice | Tensor
     weights: Floats
     rows: Numbers
+    kernels: ClassVar[Any] = cpu_kernels
 
     @classmethod
-    def of(cls, tokens: slice | Tensor, weights: Tensor, pieces: ops.Pieces) -> "CompiledFactored":
+    def of(cls, tokens: slice | Tensor, weights: Tensor, pieces: ops.Pieces) -> Self:
         return cls(tokens, weights.numpy(), rows_of(pieces))
 
-    def shrink(self, group: ops.SkillGroup, first: int, x: Tensor) -> Floats:
+    def shrink(self, a: Tensor, size: int, rank: int, first: int, x: Tensor) -> Floats:
+        """a: the skills of a group of so many modules, whose first has that number."""
         own = x[self.tokens]
-        mixed = np.zeros((len(self.rows), group.size, group.rank), np.float32)
-        cpu_kernels.factored_shrink(
-            own.data_ptr(), own.shape[1], group.a.data_ptr(), self.weights, self.rows, first, mixed
+        mixed = np.zeros((len(self.rows), size, rank), np.float32)
+        self.kernels.factored_shrink(
+            own.data_ptr(), own.shape[1], a.data_ptr(), self.weights, self.rows, first, mixed
         )
         return mixed
 
-    def expand(self, group: ops.SkillGroup, first: int, g: int, mixed: Floats, y: Tensor) -> None:
+    def expand(self, b: Tensor, module: int, g: int, mixed: Floats, y: Tensor) -> None:
+        """b: the skills of a module, the g-th of its group."""
         own = y[self.tokens]
-        b, module = group.b[g].data_ptr(), first + g
-        cpu_kernels.factored_expand(
-            own.data_ptr(), own.shape[1], b, self.weights, self.rows, module, g, mixed
+        address, width = own.data_ptr(), own.shape[1]
+        self.kernels.factored_expand(
+            address, width, b.data_ptr(), self.weights, self.rows, module, g, mixed
         )
         if isinstance(self.tokens, Tensor):
             y[self.tokens] = own
@@ -125,11 +159,13 @@ class CompiledStep:
 
     def shrink(self, group: ops.SkillGroup, index: int, first: int, x: Tensor) -> Hidden:
         """x `[N, I]` contiguous; the group's number and that of its first module."""
-        x = x.float()
-        mixed = None if self.factored is None else self.factored.shrink(group, first, x)
+        x, part = x.float(), self.factored
+        mixed = None if part is None else part.shrink(group.a, group.size, group.rank, first, x)
         return mixed, None if self.combined is None else self.combined.shrink(index, x)
 
-    def expand(self, group: ops.SkillGroup, first: int, g: int, hidden: Hidden, y: Tensor) -> None:
+    def expand(
+        self, group: ops.SkillGroup, first: int, g: int, hidden: Hidden, y: Tensor, /
+    ) -> None:
         """Adds module g's delta onto y `[N, O]`, contiguous."""
         if y.dtype != torch.float32:
             delta = torch.zeros(y.shape)
@@ -138,7 +174,7 @@ class CompiledStep:
             return
         mixed, low_rank = hidden
         if self.factored is not None and mixed is not None:
-            self.factored.expand(group, first, g, mixed, y)
+            self.factored.expand(group.b[g], first + g, g, mixed, y)
         if self.combined is not None and low_rank is not None:
             self.combined.expand(first + g, low_rank, y)
 

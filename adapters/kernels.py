@@ -13,6 +13,9 @@ from polyhead.adapters.compiled import (
     FactorTable,
     compiled_for,
 )
+from polyhead.adapters.ops import Factors, SkillGroup
+from polyhead.adapters.pairs import PairedCombined, PairedFactored, PairedSkills, PairedStep, fit
+from polyhead.adapters.pairs import table as paired_table
 from polyhead.adapters.plan import Plan, Step
 
 Tables = Sequence[FactorTable]
@@ -22,16 +25,24 @@ Positions = Sequence[Sequence[int]]
 class Kernels(Protocol):
     """Turns the parts of a plan into a step."""
 
+    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int], /) -> FactorTable:
+        """Where the kernels find a task's factors, of groups of so many modules."""
+
     def step(
         self, plan: Plan, tables: Tables, positions: Positions, device: torch.device, /
     ) -> Step:
         """tables and positions: of every task of the combined form, its factors and its tokens."""
 
 
-def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
-    """None where the torch forms serve."""
+def kernels_for(
+    dtype: torch.dtype, device: torch.device, groups: Sequence[SkillGroup]
+) -> Kernels | None:
+    """Those for skills of this dtype, on this device; None where the torch forms serve."""
     if compiled_for(dtype, device):
-        return CompiledKernels()
+        if dtype == torch.float32:
+            return CompiledKernels()
+        if all(fit(group) for group in groups):
+            return PairedKernels(groups)
     if device.type == "cuda" and find_spec("triton") is not None:
         return TritonKernels(dtype)
     return None
@@ -40,6 +51,9 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 class CompiledKernels:
     """For float32 on the CPU."""
 
+    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
+        return FactorTable.of(factors, sizes)
+
     def step(self, plan: Plan, tables: Tables, positions: Positions, _: torch.device) -> Step:
         part = plan.factored
         factored = None
@@ -47,6 +61,24 @@ class CompiledKernels:
             factored = CompiledFactored.of(part.tokens, part.weights, part.pieces)
         combined = CompiledCombined(plan.tokens, tables, positions) if tables else None
         return CompiledStep(factored, combined)
+
+
+class PairedKernels:
+    """For bfloat16 on CPUs that multiply pairs of it."""
+
+    def __init__(self, groups: Sequence[SkillGroup]) -> None:
+        self._skills = [PairedSkills.of(group) for group in groups]
+
+    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
+        return paired_table(factors, sizes)
+
+    def step(self, plan: Plan, tables: Tables, positions: Positions, _: torch.device) -> Step:
+        part = plan.factored
+        factored = None
+        if part is not None:
+            factored = PairedFactored.of(part.tokens, part.weights, part.pieces)
+        combined = PairedCombined(plan.tokens, tables, positions) if tables else None
+        return PairedStep(factored, combined, self._skills)
 
 
 class TritonKernels:
@@ -60,6 +92,9 @@ class TritonKernels:
         from polyhead.adapters import triton_step
 
         self._kernels, self._dtype = triton_step, dtype
+
+    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
+        return FactorTable.of(factors, sizes)
 
     def step(self, plan: Plan, tables: Tables, positions: Positions, device: torch.device) -> Step:
         part, of = plan.factored, self._kernels

@@ -34,7 +34,13 @@ class PreparedAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(f.nbytes for f in self.factors if f is not None)
+        return nbytes_of(self.factors, self.table)
+
+
+def nbytes_of(factors: Sequence[ops.Factors | None], table: FactorTable | None) -> int:
+    """What an adapter's factors take, with what the kernels keep of them."""
+    own = sum(f.nbytes for f in factors if f is not None)
+    return own if table is None else own + table.nbytes
 
 
 Adapter = RoutedTask | PrivateAdapter | PreparedAdapter | None
@@ -80,7 +86,7 @@ class Step(Protocol):
     ) -> tuple[Any | None, Any | None]:
         """x `[N, I]`, contiguous; the group's number and that of its first module."""
 
-    def expand(self, group: ops.SkillGroup, first: int, g: int, hidden: Any, y: Tensor) -> None:
+    def expand(self, group: ops.SkillGroup, first: int, g: int, hidden: Any, y: Tensor, /) -> None:
         """Adds module g's delta onto y `[N, O]`, given what `shrink` answered."""
 
 

@@ -21,6 +21,7 @@ from polyhead.adapters.plan import (
     RoutedTask,
     Tokens,
     adapter_key,
+    nbytes_of,
 )
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.weight_board import PlainBoard, WeightBoard
@@ -56,7 +57,9 @@ class Planner:
         first = slots[0].group
         whole = all(slot.group.parts.is_whole for slot in slots)
         # The kernels take as many heads of A as of B.
-        self._kernels = (kernels or kernels_for(first.a.dtype, first.a.device)) if whole else None
+        groups = [slot.group for slot in slots]
+        chosen = kernels or kernels_for(first.a.dtype, first.a.device, groups)
+        self._kernels = chosen if whole else None
         board = WeightBoard if self._kernels is None else PlainBoard
         self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
@@ -150,16 +153,16 @@ class Planner:
         if factors is None:
             factors = self._build_factors(adapter)
             self._factors[key] = factors
-            self._factor_bytes += _nbytes(factors)
             table = self._table(factors)
             if table is not None:
                 self._tables[key] = table
+            self._factor_bytes += nbytes_of(factors, table)
         self._factors.move_to_end(key)
         return factors
 
     def _table(self, factors: Sequence[ops.Factors | None]) -> FactorTable | None:
         sizes = [slot.group.size for slot in self._slots]
-        return FactorTable.of(factors, sizes) if self._kernels is not None else None
+        return self._kernels.table(factors, sizes) if self._kernels is not None else None
 
     def _build_factors(self, adapter: Adapter) -> Sequence[ops.Factors | None]:
         if isinstance(adapter, RoutedTask):
@@ -188,8 +191,8 @@ class Planner:
             if self._factor_bytes <= self._factor_cache_bytes:
                 return
             if key not in keep:
-                self._factor_bytes -= _nbytes(self._factors.pop(key))
-                self._tables.pop(key, None)
+                gone, table = self._factors.pop(key), self._tables.pop(key, None)
+                self._factor_bytes -= nbytes_of(gone, table)
 
 
 def _share_rows(
@@ -226,7 +229,3 @@ def _tokens(positions: list[int], device: torch.device) -> Tokens:
     if positions[-1] - positions[0] + 1 == len(positions):
         return slice(positions[0], positions[-1] + 1)
     return torch.tensor(positions, device=device)
-
-
-def _nbytes(factors: Sequence[ops.Factors | None]) -> int:
-    return sum(f.nbytes for f in factors if f is not None)

@@ -202,5 +202,5 @@ def test_a_routed_model_answers_as_with_the_torch_forms(form: str, counts: list[
 
 def test_other_devices_than_cuda_do_without_triton() -> None:
     torch.set_num_threads(3)
-    assert kernels_for(torch.bfloat16, CPU) is None
-    assert isinstance(kernels_for(torch.bfloat16, torch.device("cuda")), TritonKernels)
+    assert kernels_for(torch.bfloat16, CPU, []) is None
+    assert isinstance(kernels_for(torch.bfloat16, torch.device("cuda"), []), TritonKernels)

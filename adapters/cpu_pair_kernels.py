@@ -1,0 +1,180 @@
+"""Both forms compiled for bfloat16 on CPUs that multiply pairs of it; see `cpu_kernels`, whose
+signatures these have. What differs: x and y are bfloat16, and every matrix to multiply by lies in
+pairs of rows, its columns a multiple of `LANES` (`pairs`). Sums and weights are float32.
+"""
+
+import numpy as np
+
+from polyhead.adapters.cpu_kernels import BLOCK, compiled
+from polyhead.adapters.cpu_pair_tiles import LANES, narrow, tile
+
+_8_32_f, _4_32_f, _1_32_f = (tile(n, 2, 16, u, "float32") for n, u in ((8, 1), (4, 1), (1, 4)))
+_8_16_f, _1_16_f = (tile(n, 1, 16, u, "float32") for n, u in ((8, 1), (1, 4)))
+_8_8_f, _1_8_f = (tile(n, 1, 8, u, "float32") for n, u in ((8, 1), (1, 4)))
+_4_16_n, _1_16_n = (tile(n, 1, 16, u, "bfloat16") for n, u in ((4, 2), (1, 4)))
+_4_8_n, _1_8_n = (tile(n, 1, 8, u, "bfloat16") for n, u in ((4, 2), (1, 4)))
+_8_32_a, _4_32_a, _1_32_a = (tile(n, 2, 16, 1, "add") for n in (8, 4, 1))
+_8_16_a, _1_16_a = (tile(n, 1, 16, 1, "add") for n in (8, 1))
+_8_8_a, _1_8_a = (tile(n, 1, 8, 1, "add") for n in (8, 1))
+
+
+@compiled()
+def _product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
+    """`y = x @ b` for y `[m, n]` float32."""
+    column = 0
+    while column < n:
+        to, of, row = y + 4 * column, b + 4 * column, 0
+        if n - column >= 32:
+            while row + 8 <= m:
+                _8_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row + 4 <= m:
+                _4_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 4
+            while row < m:
+                _1_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 32
+        elif n - column >= 16:
+            while row + 8 <= m:
+                _8_16_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row < m:
+                _1_16_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 16
+        else:
+            while row + 8 <= m:
+                _8_8_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row < m:
+                _1_8_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 8
+
+
+@compiled()
+def _narrow_product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
+    """`y = x @ b` for y `[m, n]` bfloat16: few rows and columns, many pairs."""
+    column = 0
+    while column < n:
+        to, of, row = y + 2 * column, b + 4 * column, 0
+        if n - column >= 16:
+            while row + 4 <= m:
+                _4_16_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 4
+            while row < m:
+                _1_16_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 16
+        else:
+            while row + 4 <= m:
+                _4_8_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 4
+            while row < m:
+                _1_8_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 8
+
+
+@compiled()
+def _add_product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
+    """`y += x @ b` for y `[m, n]` bfloat16."""
+    column = 0
+    while column < n:
+        to, of, row = y + 2 * column, b + 4 * column, 0
+        if n - column >= 32:
+            while row + 8 <= m:
+                _8_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row + 4 <= m:
+                _4_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 4
+            while row < m:
+                _1_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 32
+        elif n - column >= 16:
+            while row + 8 <= m:
+                _8_16_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row < m:
+                _1_16_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 16
+        else:
+            while row + 8 <= m:
+                _8_8_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 8
+            while row < m:
+                _1_8_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
+                row += 1
+            column += 8
+
+
+@compiled()
+def combined_shrink(x, width, a, ranks, runs, hidden):  # type: ignore[no-untyped-def]
+    """hidden: `[N, R]` bfloat16."""
+    for i in range(runs.shape[0]):
+        first, count, task = runs[i]
+        rank = ranks[task]
+        if rank > 0:
+            to = hidden.ctypes.data + 2 * first * hidden.shape[1]
+            own, pairs = x + 2 * first * width, width // 2
+            _narrow_product(to, hidden.shape[1], own, width, a[task], rank, count, pairs, rank)
+
+
+@compiled()
+def combined_expand(y, width, b, ranks, offsets, runs, hidden):  # type: ignore[no-untyped-def]
+    """hidden: `[N, R]` bfloat16."""
+    for i in range(runs.shape[0]):
+        first, count, task = runs[i]
+        rank = ranks[task]
+        if rank > 0:
+            own = hidden.ctypes.data + 2 * (first * hidden.shape[1] + offsets[task])
+            to, pairs = y + 2 * first * width, rank // 2
+            _add_product(to, width, own, hidden.shape[1], b[task], width, count, pairs, width)
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def factored_shrink(x, width, a, weights, rows, first, mixed):  # type: ignore[no-untyped-def]
+    tokens, size, rank = mixed.shape
+    heads, skills = weights.shape[2], weights.shape[3]
+    inner, columns = width // heads, skills * rank
+    products = np.empty((BLOCK, columns), np.float32)
+    for h in range(heads):
+        for g in range(size):
+            panel = a + 4 * (h * (inner // 2) * size + g) * columns
+            for start in range(0, tokens, BLOCK):
+                count = min(BLOCK, tokens - start)
+                own, to = x + 2 * (start * width + h * inner), products.ctypes.data
+                pairs, stride = inner // 2, size * columns
+                _product(to, columns, own, width, panel, stride, count, pairs, columns)
+                for i in range(count):
+                    w = weights[rows[start + i], first + g, h]
+                    for s in range(skills):
+                        for j in range(rank):
+                            mixed[start + i, g, j] += w[s] * products[i, s * rank + j]
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def factored_expand(y, width, b, weights, rows, module, g, mixed):  # type: ignore[no-untyped-def]
+    tokens, _, rank = mixed.shape
+    heads, skills = weights.shape[2], weights.shape[3]
+    outer, columns = width // heads, skills * rank
+    spread = np.empty(columns, np.float32)
+    rounded = np.empty((BLOCK, columns), np.uint16)
+    for h in range(heads):
+        for start in range(0, tokens, BLOCK):
+            count = min(BLOCK, tokens - start)
+            for i in range(count):
+                w = weights[rows[start + i], module, h]
+                for s in range(skills):
+                    for j in range(rank):
+                        spread[s * rank + j] = w[s] * mixed[start + i, g, j]
+                to, of = rounded.ctypes.data + 2 * i * columns, spread.ctypes.data
+                for lane in range(0, columns, LANES):
+                    narrow(to + 2 * lane, of + 4 * lane)
+            to, own = y + 2 * (start * width + h * outer), rounded.ctypes.data
+            panel, pairs = b + 4 * h * (columns // 2) * outer, columns // 2
+            _add_product(to, width, own, columns, panel, outer, count, pairs, outer)

@@ -1,0 +1,166 @@
+"""The kernels for pairs of bfloat16 numbers, against the float32 reference."""
+
+import random
+
+import pytest
+import torch
+from factories import random_private, random_task, tiny_inventory, tiny_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from oracles import FORMS, distance
+from torch import Tensor
+
+from polyhead.adapters import ops
+from polyhead.adapters.compiled import compiled_for, skill_dtype
+from polyhead.adapters.cpu_pair_tiles import pairs_supported
+from polyhead.adapters.inject import inject
+from polyhead.adapters.pairs import (
+    PairedCombined,
+    PairedFactored,
+    PairedSkills,
+    PairedStep,
+    fit,
+    fits,
+    paired,
+    table,
+)
+from polyhead.adapters.plan import Adapter, use_plan
+
+pytestmark = pytest.mark.skipif(
+    not pairs_supported(), reason="this CPU does not multiply pairs of bfloat16 (AVX512-BF16)"
+)
+BF16, CPU = torch.bfloat16, torch.device("cpu")
+ROUNDED = 0.01
+"""What rounding the low-rank activations and each head's sum may cost."""
+WRONG = 0.3
+RANKS = st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), min_size=2, max_size=5)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+def test_pairs_are_rows_side_by_side() -> None:
+    matrix = torch.arange(12.0).view(4, 3)
+    assert paired(matrix).tolist() == [
+        [[0, 3], [1, 4], [2, 5]],
+        [[6, 9], [7, 10], [8, 11]],
+    ]
+
+
+def combined_errors(ranks: list[tuple[int, int]], shape: tuple[int, int], turn: int) -> list[float]:
+    """Of each module of a group of two, when every token gets the factors of the task `turn`
+    further; ranks: of each task, in both modules."""
+    width, out = shape
+    draw = random.Random(width + out)
+    factors: list[ops.Factors | None] = []
+    for task, own in enumerate(ranks):
+        b = [normal(r, out, seed=9 * task + r) if r else None for r in own]
+        a = normal(width, sum(own), seed=task) / width**0.5
+        factors.append(ops.Factors(a, tuple(b)) if sum(own) else None)
+    owners = [task for task in range(len(ranks)) for _ in range(draw.choice([1, 2, 4, 13]))]
+    draw.shuffle(owners)
+    places = [[p for p, own in enumerate(owners) if own == task] for task in range(len(ranks))]
+    x, errors = normal(len(owners), width, seed=1), []
+    tables = [table([own], [2]) for own in factors]
+    kernel = PairedCombined(len(x), tables, places[turn:] + places[:turn])
+    hidden = kernel.shrink(0, x)
+    for g in range(2):
+        found, expected = torch.zeros(len(x), out, dtype=BF16), torch.zeros(len(x), out)
+        kernel.expand(g, hidden, found)
+        for own, rows in zip(factors, places, strict=True):
+            if own is not None and own.b[g] is not None:
+                start = ranks[places.index(rows)][0] if g else 0
+                b = own.b[g].float()  # type: ignore[union-attr]
+                a = own.a[:, start : start + len(b)].float()
+                expected[rows] = x[rows].float() @ a @ b
+        errors.append(distance(found, expected) if expected.any() else float(found.abs().max()))
+    return errors
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(ranks=RANKS, width=st.integers(1, 40), out=st.integers(1, 12))
+@example(ranks=[(8, 8), (16, 16)], width=288, out=192)
+def test_combined_tasks_of_any_ranks(ranks: list[tuple[int, int]], width: int, out: int) -> None:
+    assert max(combined_errors(ranks, (2 * width, 8 * out), 0)) < ROUNDED
+
+
+def test_another_tasks_factors_are_told_apart() -> None:
+    """Control of the test above."""
+    for ranks in ([(3, 8), (16, 2), (9, 1)], [(8, 8), (8, 8)]):
+        assert min(combined_errors(ranks, (48, 40), 1)) > WRONG
+
+
+SHAPES = [
+    (8, 8, 8, 72, 64),
+    (1, 4, 2, 2, 3),
+    (64, 8, 1, 8, 50),
+    (4, 2, 16, 24, 131),
+    (2, 3, 8, 6, 9),
+]
+
+
+@pytest.mark.parametrize("tokens_of", [slice(None), slice(1, None, 2)])
+@pytest.mark.parametrize(("heads", "skills", "rank", "inner", "tokens"), SHAPES)
+def test_the_factored_kernel_is_the_reference(
+    heads: int, skills: int, rank: int, inner: int, tokens: int, tokens_of: slice
+) -> None:
+    outs = [8, 16, 72]
+    a = [normal(heads, skills, inner, rank, seed=g) for g in range(3)]
+    b = [normal(heads, skills, rank, out, seed=9 + g) for g, out in enumerate(outs)]
+    group = ops.SkillGroup.pack(a, b, 1.0, BF16)
+    assert fit(group)
+    x = normal(tokens, heads * inner, seed=5)
+    weights = torch.softmax(8 * normal(7, 3, heads, skills, seed=6).float(), -1)
+    own = torch.arange(tokens)[tokens_of]
+    places = own if len(own) < tokens else slice(0, tokens)
+    for shift, wrong in ((0, False), (1, True)):
+        rows = weights[(own + shift) % 7]
+        everything = slice(0, len(own))
+        kernel = PairedFactored.of(places, rows, [(everything, everything)])
+        skills_of = PairedSkills.of(group)
+        mixed = kernel.shrink(skills_of.a, 3, rank, 0, x)
+        for g, (a_g, b_g) in enumerate(zip(a, b, strict=True)):
+            found = torch.zeros(tokens, heads * outs[g], dtype=BF16)
+            kernel.expand(skills_of.b[g], g, g, mixed, found)
+            expected = torch.zeros(found.shape)
+            expected[own] = ops.reference(x[own], a_g, b_g, weights[own % 7, g], 1.0)
+            error = distance(found, expected)
+            assert error > WRONG if wrong else error < ROUNDED
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_of_a_mixed_batch_is_that_of_torch(form: str) -> None:
+    """Routed tasks, a private adapter and bare rows, through a whole model."""
+    logits: dict[str, Tensor] = {}
+    for name, threads in (("pairs", 1), ("torch", 3), ("turned", 1)):
+        torch.set_num_threads(threads)
+        model = tiny_model(hidden_size=128, intermediate_size=256).to(BF16)
+        inventory = tiny_inventory(model, heads=4, skills=4, rank=2)
+        assert fits(inventory.header)
+        injection = inject(model, inventory)
+        injection.planner.costs = FORMS[form]
+        tasks = [random_task(inventory, f"{i}", i) for i in range(3)]
+        rows: list[Adapter] = [*tasks, random_private(inventory, 9), None]
+        rows = rows[::-1] if name == "turned" else rows
+        plan = injection.plan(rows, [1, 2, 20, 5, 3])
+        assert isinstance(plan.step, PairedStep) == (name != "torch")
+        with torch.inference_mode(), use_plan(plan):
+            logits[name] = model(torch.arange(31)[None] * 7 % 250).logits[0].float()
+    torch.set_num_threads(1)
+    assert distance(logits["pairs"], logits["torch"]) < 0.05
+    assert distance(logits["turned"], logits["torch"]) > WRONG
+
+
+def test_shapes_that_do_not_come_in_pairs_are_widened() -> None:
+    model = tiny_model().to(BF16)
+    odd = tiny_inventory(model, heads=4, skills=4, rank=3)  # 12 columns a head
+    assert not fits(odd.header)
+    assert skill_dtype(BF16, CPU, fits(odd.header)) == torch.float32
+    assert inject(model, odd).slots[0].group.a.dtype == torch.float32
+
+
+def test_float32_backbones_keep_float32() -> None:
+    assert skill_dtype(torch.float32, CPU, True) == torch.float32
+    assert compiled_for(BF16, CPU)
+    assert skill_dtype(BF16, CPU, True) == BF16
