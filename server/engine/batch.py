@@ -2,20 +2,28 @@
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from polyhead.server.engine.kv_space import KVOperation, Place
 from polyhead.server.engine.request import TokenLogprob
 from polyhead.server.engine.sequence import Sequence
 
+if TYPE_CHECKING:
+    from polyhead.adapters.plan import Adapter
+
 
 @dataclass(frozen=True)
 class Row:
-    """Compute tokens `[start, start + count)` of a sequence whose cache row is at `place`."""
+    """Compute tokens `[start, start + count)` of a sequence whose cache row is at `place`.
+
+    source: where the keys and values are that cross attention reads, of an encoder-decoder.
+    """
 
     sequence: Sequence
     start: int
     count: int
     place: Place
+    source: Place | None = None
 
     @property
     def stop(self) -> int:
@@ -34,15 +42,26 @@ class Row:
 
 
 @dataclass(frozen=True)
+class SourceRow:
+    """Encode a source, and leave the keys and values of cross attention at `place`."""
+
+    tokens: tuple[int, ...]
+    adapter: "Adapter"
+    place: Place
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Rows to compute, after the cache operations have been carried out in order."""
+    """Rows to compute, after the cache operations have been carried out in order and then the
+    sources, of which some of the rows may be, have been encoded."""
 
     rows: Ordered[Row]
     operations: Ordered[KVOperation]
+    sources: Ordered[SourceRow] = ()
 
     @property
     def tokens(self) -> int:
-        return sum(row.count for row in self.rows)
+        return sum(row.count for row in self.rows) + sum(len(s.tokens) for s in self.sources)
 
 
 @dataclass(frozen=True)

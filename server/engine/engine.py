@@ -17,7 +17,7 @@ from polyhead.server.engine.errors import (
     RequestTooLarge,
 )
 from polyhead.server.engine.pace import Pace
-from polyhead.server.engine.request import Event, Failure, Request, total_length
+from polyhead.server.engine.request import Event, Failure, Request, row_lengths
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler
 from polyhead.server.engine.step_record import StepRecord
@@ -111,10 +111,12 @@ class Engine:
         Raises `EngineDead`, `EngineDraining`, `EngineFull`, or `RequestTooLarge` when the request
         could not be computed even with the whole cache to itself.
         """
-        longest = self._scheduler.space.longest
-        if total_length(request) > longest:
+        space = self._scheduler.space
+        lengths = row_lengths(request)
+        if not space.fits(*lengths):
             raise RequestTooLarge(
-                f"the request may come to {total_length(request)} tokens; the cache holds {longest}"
+                f"the request may come to {' and '.join(map(str, lengths))} tokens; the cache "
+                f"holds {space.longest} in a row and {space.budget} in all"
             )
         with self._wake:
             if self._death is not None:
@@ -284,6 +286,6 @@ class Engine:
             running=len(scheduler.running),
             waiting=len(scheduler.line),
             requests=len(self._answers.open_requests),
-            kv_used_tokens=scheduler.space.used,
+            kv_used_tokens=scheduler.reuse.used,
             preemptions=scheduler.preemptions,
         )

@@ -97,6 +97,12 @@ class KVSpace:
         """Tokens that a row for `length` tokens takes."""
         return self.capacities[self._arena_for(length)]
 
+    def fits(self, *lengths: int) -> bool:
+        """Whether rows for so many tokens each could be held together, with nothing else."""
+        if max(lengths) > self.longest:
+            return False
+        return sum(self.row_capacity(length) for length in lengths) <= self.budget
+
     def holds(self, owner: object) -> bool:
         """Whether an owner has a row."""
         return owner in self._places
@@ -146,6 +152,13 @@ class KVSpace:
         self._lengths[keeper] = length
         self._record_copy(self._places[owner], self._places[keeper], length)
         self.release(owner)
+        return True
+
+    def reserve_aside(self, owner: object, length: int) -> bool:
+        """A row out of the way for an owner that has none. False when full."""
+        if not self._take(owner, self._active + self._arena_for(length)):
+            return False
+        self._lengths[owner] = length
         return True
 
     def clear(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from polyhead.adapters.plan import adapter_key
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.request import Request
+from polyhead.server.engine.reuse import Reuse
 from polyhead.server.engine.sequence import Sequence as Tokens
 
 BLOCK = 16
@@ -33,7 +34,7 @@ def _key(request: Request) -> str:
     return adapter_key(request.adapter)
 
 
-class PrefixCache:
+class PrefixCache(Reuse):
     """At most `max_tokens` of the cache's capacity, least recently used first to go.
 
     It lives in the memory that sequences leave free, and gives it up whenever one needs it.
@@ -42,7 +43,7 @@ class PrefixCache:
     def __init__(
         self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = _key
     ) -> None:
-        self._space = space
+        super().__init__(space)
         self._max_tokens = max_tokens
         self._key = key
         self._kept: OrderedDict[Prefix, None] = OrderedDict()
@@ -94,16 +95,25 @@ class PrefixCache:
         self._kept.move_to_end(prefix)
         return prefix, common
 
+    def take(self, sequence: Tokens) -> bool:
+        """A row that begins with what was computed before for the same tokens, if anything was."""
+        found, length = self.find(sequence), len(sequence.tokens)
+        if found is None:
+            return self._space.reserve(sequence, length)
+        prefix, shared = found
+        if not self._space.fork(prefix, sequence, length, shared):
+            return False
+        sequence.computed = shared
+        if not sequence.generated:
+            sequence.cached = shared
+        return True
+
     def give_up(self) -> bool:
         """Free the least recently used row. False where none is left."""
         if not self._kept:
             return False
         self._drop(next(iter(self._kept)))
         return True
-
-    def clear(self) -> None:
-        while self.give_up():
-            pass
 
     def _park(self, sequence: Tokens, prefix: Prefix) -> bool:
         while not self._space.park(sequence, prefix, len(prefix.tokens)):

@@ -41,6 +41,9 @@ class Request:
     `continuations` makes it a scoring request: nothing is sampled, and for each continuation the
     log-probabilities of its tokens after the prompt come back. `echo` asks for those of the
     prompt's own tokens, from the second on, beside what is sampled.
+
+    `source` is what the encoder of an encoder-decoder reads; `prompt` is then how the decoder
+    begins, its start token.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     continuations: tuple[tuple[int, ...], ...] = ()
     echo: bool = False
+    source: tuple[int, ...] = ()
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on time.monotonic()'s clock
     arrival: float = field(default_factory=time.monotonic)
@@ -104,8 +108,13 @@ class Failure:
 Event = Output | Failure
 
 
-def total_length(request: Request) -> int:
-    """Most tokens that one of this request's sequences can come to hold."""
-    if request.continuations:
-        return len(request.prompt) + max(map(len, request.continuations))
-    return len(request.prompt) + request.params.max_tokens
+def asked(request: Request) -> tuple[int, ...]:
+    """The tokens that the caller has sent to be answered."""
+    return request.source or request.prompt
+
+
+def row_lengths(request: Request) -> tuple[int, ...]:
+    """Most tokens that one of this request's sequences can come to hold; after its source's."""
+    longest = max(map(len, request.continuations), default=request.params.max_tokens)
+    source = (len(request.source),) if request.source else ()
+    return (*source, len(request.prompt) + longest)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from polyhead.server.engine.batch import Batch, Row
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.prefix_cache import PrefixCache
+from polyhead.server.engine.reuse import Reuse
 from polyhead.server.engine.sequence import STEM, Sequence
 from polyhead.server.engine.waiting import WaitingLine
 
@@ -32,15 +33,14 @@ class Scheduler:
     """Continuous batching with chunked prefill, fairness between tasks, preemption by recompute.
 
     Decoding sequences always go first, one token each; what is left of the step's token budget
-    goes to prompts, in chunks, least served task first.
+    goes to prompts, in chunks, least served task first. A source, which an encoder sees as a whole,
+    is no chunk: one that is longer than what is left waits for a step in which it is the first.
     """
 
-    def __init__(
-        self, config: SchedulerConfig, space: KVSpace, prefixes: PrefixCache | None = None
-    ) -> None:
+    def __init__(self, config: SchedulerConfig, space: KVSpace, reuse: Reuse | None = None) -> None:
         self.config = config
         self.space = space
-        self.prefixes = PrefixCache(space, 0) if prefixes is None else prefixes
+        self.reuse = PrefixCache(space, 0) if reuse is None else reuse
         self.running: list[Sequence] = []
         self.stems: list[Sequence] = []  # computed prompts whose choices are not all seated yet
         self.line = WaitingLine()
@@ -87,15 +87,18 @@ class Scheduler:
         self._prefill_rows(rows, budget)
         if not rows:
             return None
-        placed = [Row(seq, seq.computed, n, self.space.place(seq)) for seq, n in rows.items()]
-        return Batch(placed, self.space.drain())
+        placed = [
+            Row(seq, seq.computed, n, self.space.place(seq), self.reuse.beside(seq))
+            for seq, n in rows.items()
+        ]
+        return Batch(placed, self.space.drain(), self.reuse.drain())
 
     def preempt_all(self) -> None:
         """Forget every computed token; the sequences wait again and lose nothing else."""
-        self.prefixes.clear()
         self._drop_stems()
         for sequence in list(self.running):
             self._preempt(sequence)
+        self.reuse.clear()
 
     def _decode_rows(self) -> dict[Sequence, int]:
         rows: dict[Sequence, int] = {}
@@ -111,7 +114,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, rows: dict[Sequence, int]) -> bool:
         """Hold a row for one more token, preempting the least urgent others where needed."""
         while not self.space.reserve(sequence, len(sequence.tokens)):
-            if self.prefixes.give_up() or self._drop_stems():
+            if self.reuse.give_up() or self._drop_stems():
                 continue
             victim = max(self.running, key=lambda s: s.order)
             self._preempt(victim)
@@ -122,13 +125,16 @@ class Scheduler:
 
     def _prefill_rows(self, rows: dict[Sequence, int], budget: int) -> None:
         pending = [s for s in self.running if s.prefilling]
-        may_swap, self._blocked = True, False
+        may_swap, self._blocked, encoded = True, False, 0
         while budget > 0:
             head = None if self._blocked else self.line.peek()
             candidates = pending if head is None else [*pending, head]
             if not candidates:
                 return
             sequence = min(candidates, key=self._urgency)
+            ahead = self.reuse.ahead(sequence) if sequence is head else 0
+            if encoded and ahead > budget:
+                return
             if sequence is head and not self._seat(head):
                 victim = self._unfair_seat(head) if may_swap else None
                 may_swap, self._blocked = False, victim is None
@@ -139,10 +145,12 @@ class Scheduler:
                     pending = [s for s in pending if s is not victim]
                 continue
             pending = [s for s in pending if s is not sequence]
-            count = min(budget, sequence.remaining)
+            encoded += ahead
+            budget -= ahead
+            count = min(max(budget, 1), sequence.remaining)
             rows[sequence] = count
             budget -= count
-            self.line.charge(sequence.request.task, count)
+            self.line.charge(sequence.request.task, ahead + count)
 
     def _urgency(self, sequence: Sequence) -> tuple[int, float, tuple[int, float, int]]:
         request = sequence.request
@@ -164,28 +172,15 @@ class Scheduler:
         if stem is not None and self.space.fork(stem, sequence, length):
             sequence.computed, sequence.cached = stem.computed, stem.cached
             return True
-        while not self._take_row(sequence):
-            if not (self.prefixes.give_up() or self._drop_stems()):
+        while not self.reuse.take(sequence):
+            if not (self.reuse.give_up() or self._drop_stems()):
                 return False
-        return True
-
-    def _take_row(self, sequence: Sequence) -> bool:
-        """A row that begins with what was computed before for the same tokens, if anything was."""
-        found, length = self.prefixes.find(sequence), len(sequence.tokens)
-        if found is None:
-            return self.space.reserve(sequence, length)
-        prefix, shared = found
-        if not self.space.fork(prefix, sequence, length, shared):
-            return False
-        sequence.computed = shared
-        if not sequence.generated:
-            sequence.cached = shared
         return True
 
     def _free(self, sequence: Sequence) -> None:
         """Let go of a row that is no longer needed; its beginning may be of use to others."""
         if self.space.holds(sequence):
-            self.prefixes.keep(sequence)
+            self.reuse.keep(sequence)
 
     def _leave_stem(self, sequence: Sequence) -> None:
         """Free a stem once none of its choices needs it any more."""
@@ -226,7 +221,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.space.release(sequence)
+        self.reuse.drop(sequence)
         sequence.computed = 0
         self.preemptions += 1
         self.line.add(sequence)

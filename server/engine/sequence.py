@@ -71,7 +71,8 @@ def sequences_of(request: Request) -> list[Sequence]:
     """What to put in line for a request: its only choice, or a stem that carries the choices.
 
     The stem computes all but the prompt's last token; every choice computes that one itself, so
-    each gets its own logits to sample from. Choices that echo the prompt compute all of it.
+    each gets its own logits to sample from. Choices that echo the prompt compute all of it, and
+    those that answer a source share what the encoder makes of that instead.
     """
     prompt = list(request.prompt)
     if request.continuations:
@@ -92,7 +93,7 @@ def sequences_of(request: Request) -> list[Sequence]:
         )
         for index, body in enumerate(bodies)
     ]
-    if len(choices) == 1 or len(prompt) == 1 or request.echo:
+    if len(choices) == 1 or len(prompt) == 1 or request.echo or request.source:
         return choices
     stem = Sequence(request, STEM, prompt[:-1], sample=False, branches=choices)
     for choice in choices:
