@@ -26,6 +26,22 @@ IGNORED = -100
 """The label that no loss counts, as in transformers."""
 
 
+def check_family(model: PreTrainedModel) -> None:
+    """Raises `InjectionError` for a backbone that is not of `FAMILIES`."""
+    if model.config.model_type not in FAMILIES:
+        raise InjectionError(
+            "no encoder-decoder that can be served",
+            field="model_type",
+            found=model.config.model_type,
+            expected=" or ".join(FAMILIES),
+        )
+
+
+def cross_attentions(model: Any) -> list[Any]:
+    """The cross attention of each of the decoder's layers."""
+    return [block.layer[1].EncDecAttention for block in model.decoder.block]
+
+
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Sources of B rows, encoded by each row's adapter. L is the longest source."""
@@ -52,14 +68,7 @@ class EncoderDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, injection: Injection) -> None:
-        kind = model.config.model_type
-        if kind not in FAMILIES:
-            raise InjectionError(
-                "no encoder-decoder that can be served",
-                field="model_type",
-                found=kind,
-                expected=" or ".join(FAMILIES),
-            )
+        check_family(model)
         self._model: Any = model
         self._injection = injection
         known = inspect.signature(model.forward).parameters
@@ -70,12 +79,11 @@ class EncoderDecoder:
         """ids and mask `[B, L]`, padded on the right; `adapters[i]` answers row i."""
         with use_plan(self._injection.plan(adapters, [ids.shape[1]] * len(ids))):
             hidden = self._model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            cross = [self._cross(block, hidden) for block in self._model.decoder.block]
+            cross = [self._cross(layer, hidden) for layer in cross_attentions(self._model)]
         return Encoded(adapters, hidden, mask, cross)
 
     @staticmethod
-    def _cross(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        attention = block.layer[1].EncDecAttention
+    def _cross(attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         shape = (*hidden.shape[:-1], -1, attention.key_value_proj_dim)
         keys = attention.k(hidden).view(shape).transpose(1, 2)
         return keys, attention.v(hidden).view(shape).transpose(1, 2)

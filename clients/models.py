@@ -212,6 +212,7 @@ class Inventory(Answer):
     """What the server has loaded."""
 
     backbone: str
+    kind: str = "causal"
     modules: list[str]
     heads: int
     skills: int

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
         None, description="TOML file of settings, named as the flags: max_running = 32"
     )
     backbone: str = Field(
-        description="Folder of a transformers causal model, or its name on the hub"
+        description="Folder of a transformers model, causal or like T5, or its name on the hub"
     )
     inventory: Path = Field(description="Folder with inventory.json and inventory.safetensors")
     data_dir: Path = Field(description="Folder for the task registry")
@@ -97,7 +97,10 @@ class Settings(BaseSettings):
         60.0, gt=0, description="Expected wait of a request before 503; inf leaves --max-waiting"
     )
     max_context: int | None = Field(
-        None, ge=2, description="Tokens of prompt and answer; None is the backbone's"
+        None,
+        ge=2,
+        description="Tokens of prompt and answer, or of either for an encoder-decoder; None is the "
+        "backbone's",
     )
     kv_cache_tokens: int = Field(65536, ge=16, description="Tokens the key-value cache may hold")
     prefix_cache_tokens: int = Field(

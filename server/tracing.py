@@ -101,7 +101,7 @@ def _attributes(journey: Journey) -> dict[str, Any]:
         "gen_ai.response.model": request.task,
         "gen_ai.response.id": request.id,
         "gen_ai.response.finish_reasons": journey.reasons,
-        "gen_ai.usage.input_tokens": len(request.prompt),
+        "gen_ai.usage.input_tokens": len(request.asked),
         "gen_ai.usage.output_tokens": journey.tokens,
         "gen_ai.usage.cache_read.input_tokens": journey.cached_tokens,
         "polyhead.task.generation": request.generation,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from polyhead.adapters.inject import Injection, find_modules
@@ -35,6 +37,8 @@ from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.request import Event, Failure, Output, Request
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
+from polyhead.server.engine.source_cache import SourceCache
+from polyhead.server.engine.source_runner import SourceRunner
 from polyhead.server.engine.tokenizer import Tokenizer
 
 END = "<|end|>"
@@ -66,13 +70,50 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     return model.eval().requires_grad_(False)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte is a token, in byte order; 256 ends a text."""
+def tiny_t5(kind: str = "gated-gelu", factor: float = 8.0, **changes: Any) -> PreTrainedModel:
+    """kind: of T5, `relu`, or of T5 1.1, Flan-T5, T0 and mT5, which with weights times 8 repeats
+    itself less."""
+    torch.manual_seed(1)
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": kind,
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "initializer_factor": factor,
+    }
+    config = T5Config(**{**values, **changes})
+    return T5ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def restless_t5(kind: str = "gated-gelu", **changes: Any) -> PreTrainedModel:
+    """One with so small embeddings and so large other weights that its answers keep changing."""
+    model = tiny_t5(kind, 1.0, **changes)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        std = 2.0 if "relative" in name else 2 * parameter.shape[-1] ** -0.5
+        std = {"shared.weight": 0.03, "lm_head.weight": 1.0}.get(name, std)
+        if parameter.dim() > 1:
+            parameter.normal_(std=std, generator=generator)
+    return model
+
+
+def byte_tokenizer(*, ends: bool = False) -> PreTrainedTokenizerFast:
+    """Every byte is a token, in byte order; 256 ends a text. ends: it is added, as T5's is."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     order = sorted(alphabet, key=lambda c: _byte_of(c))
     fast = FastTokenizer(models.BPE(vocab={c: i for i, c in enumerate(order)}, merges=[]))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
+    if ends:
+        fast.add_special_tokens([END])
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", special_tokens=[(END, 256)]
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -125,7 +166,7 @@ def plain_prepare(adapter: PrivateAdapter) -> PreparedAdapter:
 def save_backbone(model: PreTrainedModel, folder: Path) -> Path:
     """Backbone and byte tokenizer as a transformers folder."""
     model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(ends=model.config.is_encoder_decoder).save_pretrained(folder)
     return folder
 
 
@@ -184,12 +225,15 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     """A real engine over a model, not started."""
-    space = KVSpace(kv_tokens, longest, parking=kept > 0)
+    encodes = model.config.is_encoder_decoder
+    space = KVSpace(kv_tokens, longest, parking=kept > 0 or encodes)
     how = {} if key is None else {"key": key}
     return Engine(
-        Runner(model, injection, space.capacities),
+        (SourceRunner if encodes else Runner)(model, injection, space.capacities),
         Scheduler(
-            SchedulerConfig(max_running, max_step_tokens), space, PrefixCache(space, kept, **how)
+            SchedulerConfig(max_running, max_step_tokens),
+            space,
+            (SourceCache if encodes else PrefixCache)(space, kept, **how),
         ),
         Tokenizer(byte_tokenizer(), [256]),
         collector.publish,
@@ -225,7 +269,7 @@ def _delta(inventory: Inventory, adapter: Adapter, m: int, name: str) -> torch.T
 
 def alone(model: PreTrainedModel, request: Request) -> list[int]:
     """What transformers' own greedy `generate` answers to one request."""
-    prompt = torch.tensor([request.prompt])
+    prompt = torch.tensor([request.asked])
     ids = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

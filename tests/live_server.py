@@ -12,6 +12,7 @@ import httpx
 import torch
 from factories import save_backbone, tiny_inventory, tiny_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
@@ -25,9 +26,9 @@ CONTEXT = 512
 TASKS = ("amber", "birch", "coral")
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, model: PreTrainedModel | None = None) -> None:
     """`folder/backbone` and `folder/inventory`, with a routing for each of `TASKS`."""
-    model = tiny_model(max_position_embeddings=CONTEXT)
+    model = model or tiny_model(max_position_embeddings=CONTEXT)
     save_backbone(model, folder / "backbone")
     inventory = tiny_inventory(model)
     inventory.header = inventory.header.model_copy(

@@ -68,10 +68,10 @@ class EngineAnswerer:
             id=f"q{next(self._numbers)}",
             task=key,
             generation=key,
-            prompt=tuple(self._tokenizer.encode(question.prompt)),
             adapter=question.adapter,
             params=SamplingParams(max_tokens=question.max_tokens, stop=question.stop),
             continuations=tuple(tuple(self._tokenizer.encode(c)) for c in question.choices),
+            **self._tokenizer.placed(tuple(self._tokenizer.encode(question.prompt))),
         )
 
     def _ask(self, requests: Sequence[Request]) -> list[list[Output]]:

@@ -156,15 +156,16 @@ def _decode_compiled(
 ) -> None:
     factor = np.float32(q.shape[-1] ** -0.5 if scale is None else scale)
     seen = k.shape[2] if window is None else window
-    stored = (_stored(t) for t in (new_k, new_v, k, v))
+    lying = (stored(t) for t in (new_k, new_v, k, v))
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape)
     numbers, found = group.numbers, wide.numpy()
-    cpu_attention.decode(q.float().numpy(), *stored, numbers, factor, seen, found)
+    cpu_attention.decode(q.float().numpy(), *lying, numbers, factor, seen, found)
     if wide is not out:
         out[group.tokens] = wide[group.tokens].to(out.dtype)
 
 
-def _stored(t: Tensor) -> NDArray[Any]:
+def stored(t: Tensor) -> NDArray[Any]:
+    """Numbers as the compiled code reads them."""
     return (t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy()
 
 

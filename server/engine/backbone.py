@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from polyhead.adapters.encoder_decoder import FAMILIES
 from polyhead.server.engine.errors import BackboneError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,8 +44,8 @@ def load_backbone(
 ) -> PreTrainedModel:
     """A model from a transformers folder, frozen and in evaluation mode.
 
-    any_kind: an encoder-decoder too, for which inventories are converted but which is not served;
-    else it is refused. Raises `BackboneError`.
+    any_kind: any encoder-decoder too, for which inventories are converted; else only those are
+    taken that are served. Raises `BackboneError`.
     """
     if not (folder / "config.json").is_file():
         raise BackboneError(
@@ -52,10 +53,10 @@ def load_backbone(
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.is_encoder_decoder and not any_kind:
+        if config.is_encoder_decoder and not (any_kind or config.model_type in FAMILIES):
             raise BackboneError(
-                f"{folder}: {config.model_type} is an encoder-decoder, which is not served; "
-                "expected a causal model"
+                f"{folder}: {config.model_type} is an encoder-decoder that is not served; "
+                f"expected {' or '.join(FAMILIES)}, or a causal model"
             )
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded: Any = kind.from_pretrained(
@@ -92,6 +93,18 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """What an encoder-decoder's answers begin with; None for a causal model. Raises
+    `BackboneError` where the backbone does not say."""
+    if not model.config.is_encoder_decoder:
+        return None
+    start: Any = getattr(model.generation_config, "decoder_start_token_id", None)
+    start = model.config.decoder_start_token_id if start is None else start
+    if not isinstance(start, int):
+        raise BackboneError(f"decoder_start_token_id is {start!r}; expected a token id")
+    return start
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

@@ -67,6 +67,34 @@ def decode(q, new_k, new_v, keys, values, numbers, scale, window, out):  # type:
             _look(q[token, h], k, v, first, last, scale, scores, out[token, h])
 
 
+@compiled(fastmath=ORDERED)
+def decode_biased(q, new_k, new_v, keys, values, numbers, bias, out):  # type: ignore[no-untyped-def]
+    """The same for attention that adds to each score what the distance to the key says.
+
+    bias `[heads, distances]`; as many heads of keys as of queries, scores are not scaled. Tokens of
+    one row come in the order of their positions: each finds the keys of those before it.
+    """
+    scores = np.empty(keys.shape[2], np.float32)
+    for i in range(numbers.shape[0]):
+        token, row, last = numbers[i]
+        for h in range(q.shape[1]):
+            k, v = keys[row, h], values[row, h]
+            k[last] = new_k[token, h]
+            v[last] = new_v[token, h]
+            _look_biased(q[token, h], k, v, last, bias[h], scores, out[token, h])
+
+
+@compiled(fastmath=ORDERED)
+def cross(q, keys, values, numbers, out):  # type: ignore[no-untyped-def]
+    """Each token's query looks at all keys of a row; `decode` says what the arguments are."""
+    scores = np.empty(keys.shape[2], np.float32)
+    for i in range(numbers.shape[0]):
+        token, row, last = numbers[i]
+        for h in range(q.shape[1]):
+            k, v = keys[row, h], values[row, h]
+            _look(q[token, h], k, v, 0, last, f32(1.0), scores, out[token, h])
+
+
 @compiled(inline="always", fastmath=ORDERED)
 def _look(q, k, v, first, last, scale, scores, out):  # type: ignore[no-untyped-def]
     """One head: out = softmax(scale * q k) v over the keys first … last."""
@@ -79,6 +107,27 @@ def _look(q, k, v, first, last, scale, scores, out):  # type: ignore[no-untyped-
         score *= scale
         scores[j] = score
         high = score if score > high else high
+    _mix(v, first, last, scores, high, out)
+
+
+@compiled(inline="always", fastmath=ORDERED)
+def _look_biased(q, k, v, last, bias, scores, out):  # type: ignore[no-untyped-def]
+    """One head: out = softmax(q k + bias) v over the keys 0 … last."""
+    width = q.shape[0]
+    high = f32(-np.inf)
+    for j in range(last + 1):
+        score = bias[last - j]
+        for d in range(width):
+            score += q[d] * _wide(k[j, d])  # type: ignore[no-untyped-call]
+        scores[j] = score
+        high = score if score > high else high
+    _mix(v, 0, last, scores, high, out)
+
+
+@compiled(inline="always", fastmath=ORDERED)
+def _mix(v, first, last, scores, high, out):  # type: ignore[no-untyped-def]
+    """The mean of the values by e to their scores, of which `high` is the highest."""
+    width = out.shape[0]
     total = f32(0.0)
     for j in range(first, last + 1):
         scores[j] = _exp(scores[j] - high)

@@ -53,7 +53,7 @@ class KVStore:
     ) -> None:
         self.shape = shape
         self.capacities = capacities
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         empty = [
             torch.zeros(0, shape.heads, capacity, shape.width, dtype=dtype, device=device)
             for capacity in capacities

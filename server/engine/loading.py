@@ -14,6 +14,7 @@ from polyhead.adapters.measuring import measure_costs
 from polyhead.server.config import Settings
 from polyhead.server.engine.attention import UnsupportedAttention
 from polyhead.server.engine.backbone import (
+    decoder_start,
     end_tokens,
     find_backbone,
     load_backbone,
@@ -27,10 +28,15 @@ from polyhead.server.engine.packed_linears import pack_linears
 from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
+from polyhead.server.engine.source_cache import SourceCache
+from polyhead.server.engine.source_runner import SourceRunner
 from polyhead.server.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+SOURCE_TOKENS = 2048
+"""Longest source and answer where neither the backbone nor a setting says: T5's biases end nowhere,
+but a source is encoded in one step, which everybody else waits for."""
 STEP_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens of a step by device: what takes a few tenths of a second on a CPU, tens of ms on a GPU."""
 
@@ -60,15 +66,17 @@ class Loaded:
         step_tokens = settings.max_step_tokens or STEP_TOKENS.get(device, STEP_TOKENS["cuda"])
         config = SchedulerConfig(settings.max_running, max(step_tokens, settings.max_running))
         kept = settings.prefix_cache_tokens
-        space = KVSpace(settings.kv_cache_tokens, self.max_context, parking=kept > 0)
-        runner = Runner(self.model, self.injection, space.capacities)
+        encodes = self.model.config.is_encoder_decoder
+        space = KVSpace(settings.kv_cache_tokens, self.max_context, parking=kept > 0 or encodes)
+        runner = (SourceRunner if encodes else Runner)(self.model, self.injection, space.capacities)
+        reuse = SourceCache(space, kept) if encodes else PrefixCache(space, kept)
         try:
             runner.probe()
         except UnsupportedAttention as exc:
             raise BackboneError(f"{settings.backbone}: {exc}, which is not supported") from exc
         return Engine(
             runner,
-            Scheduler(config, space, PrefixCache(space, kept)),
+            Scheduler(config, space, reuse),
             self.tokenizer,
             publish,
             max_waiting=settings.max_waiting,
@@ -96,8 +104,14 @@ def load(settings: Settings) -> Loaded:
     injection = inject(model, inventory)
     injection.planner.costs = measure_costs([slot.group for slot in injection.slots])
     logger.info("seconds per form: %s", injection.planner.costs)
-    tokenizer = Tokenizer.load(folder, end_tokens(model))
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or settings.kv_cache_tokens)
-    context = min(limit, settings.max_context or limit, settings.kv_cache_tokens)
+    tokenizer = Tokenizer.load(folder, end_tokens(model), decoder_start(model))
+    context = _context(model, settings)
     logger.info("backbone %s on %s as %s", reference.name, device, model.dtype)
     return Loaded(settings, folder, model, tokenizer, inventory, injection, reference, context)
+
+
+def _context(model: PreTrainedModel, settings: Settings) -> int:
+    declared = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    unbounded = model.config.is_encoder_decoder and settings.max_context is None
+    limit = declared or (SOURCE_TOKENS if unbounded else settings.kv_cache_tokens)
+    return min(limit, settings.max_context or limit, settings.kv_cache_tokens)

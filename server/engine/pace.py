@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from math import exp
 
-from polyhead.server.engine.request import Request, asked
+from polyhead.server.engine.request import Request
 from polyhead.server.engine.sequence import Sequence
 
 MEMORY_SECONDS = 5.0
@@ -74,7 +74,7 @@ class Pace:
             self._used += LEARNT * (share - self._used)
 
     def _work(self, request: Request) -> float:
-        given = len(asked(request))
+        given = len(request.asked)
         if request.continuations:
             return given + float(sum(map(len, request.continuations)))
         params = request.params

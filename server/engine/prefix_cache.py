@@ -9,10 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from polyhead.adapters.plan import adapter_key
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.request import Request
-from polyhead.server.engine.reuse import Reuse
+from polyhead.server.engine.reuse import Reuse, key_of
 from polyhead.server.engine.sequence import Sequence as Tokens
 
 BLOCK = 16
@@ -30,10 +29,6 @@ class Prefix:
     marks: list[int]
 
 
-def _key(request: Request) -> str:
-    return adapter_key(request.adapter)
-
-
 class PrefixCache(Reuse):
     """At most `max_tokens` of the cache's capacity, least recently used first to go.
 
@@ -41,7 +36,7 @@ class PrefixCache(Reuse):
     """
 
     def __init__(
-        self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = _key
+        self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = key_of
     ) -> None:
         super().__init__(space)
         self._max_tokens = max_tokens

@@ -59,6 +59,11 @@ class Request:
     deadline: float | None = None  # on time.monotonic()'s clock
     arrival: float = field(default_factory=time.monotonic)
 
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """The tokens that the caller has sent to be answered."""
+        return self.source or self.prompt
+
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -106,11 +111,6 @@ class Failure:
 
 
 Event = Output | Failure
-
-
-def asked(request: Request) -> tuple[int, ...]:
-    """The tokens that the caller has sent to be answered."""
-    return request.source or request.prompt
 
 
 def row_lengths(request: Request) -> tuple[int, ...]:

@@ -2,9 +2,16 @@
 
 from abc import ABC, abstractmethod
 
+from polyhead.adapters.plan import adapter_key
 from polyhead.server.engine.batch import SourceRow
 from polyhead.server.engine.kv_space import KVSpace, Place
+from polyhead.server.engine.request import Request
 from polyhead.server.engine.sequence import Sequence
+
+
+def key_of(request: Request) -> str:
+    """Equal for requests whose equal tokens have equal keys and values."""
+    return adapter_key(request.adapter)
 
 
 class Reuse(ABC):

@@ -4,6 +4,7 @@ import inspect
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Ordered
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polyhead.adapters.inject import Injection
-from polyhead.adapters.plan import use_plan
+from polyhead.adapters.plan import Adapter, Plan, use_plan
 from polyhead.adapters.sharding import ranks_of
 from polyhead.server.engine.attention import IMPLEMENTATION, StepAttention, use_step
-from polyhead.server.engine.batch import Batch, Row, Sampled
+from polyhead.server.engine.batch import Batch, Row, Sampled, SourceRow
 from polyhead.server.engine.kv_cache import KVShape, KVStore, StepCache
 from polyhead.server.engine.kv_space import KVOperation, Place, Resize
 from polyhead.server.engine.request import Request, TokenLogprob
@@ -56,6 +57,8 @@ class Runner:
     injection: None serves the bare backbone only.
     """
 
+    attention = IMPLEMENTATION
+
     def __init__(
         self, model: PreTrainedModel, injection: Injection | None, capacities: Ordered[int]
     ) -> None:
@@ -65,11 +68,14 @@ class Runner:
         self._cache_keyword = cache_keyword(model)
         self._injection = injection
         self._capacities = capacities
-        self._shape = KVShape.of(model.config).split(ranks_of(model).size)
-        self._forms: Mapping[str, int] = {"bare": 1}  # of the step that is being computed
+        self._shape = self._shape_of(model)
+        self._forms: Mapping[str, int] = {}  # of the step that is being computed
         self.report = RunReport()  # of the last step
-        model.set_attn_implementation(IMPLEMENTATION)
+        model.set_attn_implementation(self.attention)
         self.reset()
+
+    def _shape_of(self, model: PreTrainedModel) -> KVShape:
+        return KVShape.of(model.config).split(ranks_of(model).size)
 
     def reset(self) -> None:
         """Throw the key-value store away, as after an error that may have left it half-written."""
@@ -95,12 +101,16 @@ class Runner:
         """One forward pass; answers in the order of `batch.rows`."""
         began = time.monotonic()
         self.carry_out(batch.operations)
+        self._encode(batch.sources)
         packed = _pack(self._arrange(batch.rows))
         logits = self._forward(packed)
         computed = time.monotonic()
         found = _read(logits, packed.logits)
         self.report = RunReport(computed - began, time.monotonic() - computed, self._forms)
         return [found.get(id(row), Sampled()) for row in batch.rows]
+
+    def _encode(self, sources: Ordered[SourceRow]) -> None:
+        """Nothing, where a prompt goes through the same layers as its answer."""
 
     def _arrange(self, rows: Ordered[Row]) -> list[Row]:
         """Rows in the order of their cache rows, or, where adapters are on, in theirs."""
@@ -112,24 +122,29 @@ class Runner:
         return [ordered[i] for i in order]
 
     def _forward(self, packed: Packed) -> Tensor:
-        step = StepAttention(packed.rows, self.store, self.device)
+        adapters = [row.sequence.request.adapter for row in packed.rows]
+        with self._planned(adapters, [row.count for row in packed.rows]) as plan:
+            self._forms = {"bare": 1} if plan is None else plan.forms
+            return self._logits(packed)
+
+    def _planned(
+        self, adapters: Ordered[Adapter], counts: Ordered[int]
+    ) -> AbstractContextManager[Plan | None]:
+        """The plan for a packed row of `counts[i]` tokens each, active inside."""
+        if self._injection is None:
+            return nullcontext()
+        return use_plan(self._injection.plan(adapters, counts))
+
+    def _logits(self, packed: Packed) -> Tensor:
+        """`[n, V]`, one for each entry of `packed.logits`; any one where there is none."""
         wanted = [entry.token for entry in packed.logits] or [0]
         inputs = {
             "input_ids": torch.tensor([packed.ids], device=self.device),
             "position_ids": torch.tensor([packed.positions], device=self.device),
             "logits_to_keep": torch.tensor(wanted, device=self.device),
         }
-        with use_step(step):
-            if self._injection is None:
-                return self._call(inputs)
-            adapters = [row.sequence.request.adapter for row in packed.rows]
-            plan = self._injection.plan(adapters, [row.count for row in packed.rows])
-            self._forms = plan.forms
-            with use_plan(plan):
-                return self._call(inputs)
-
-    def _call(self, inputs: dict[str, Tensor]) -> Tensor:
-        output = self._model(**inputs, **{self._cache_keyword: StepCache()}, use_cache=True)
+        with use_step(StepAttention(packed.rows, self.store, self.device)):
+            output = self._model(**inputs, **{self._cache_keyword: StepCache()}, use_cache=True)
         logits: Tensor = output.logits
         return logits[0]
 

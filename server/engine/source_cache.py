@@ -6,13 +6,13 @@ take the same room for a token as those of the answer, out of the same budget.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from polyhead.adapters.plan import adapter_key
 from polyhead.server.engine.batch import SourceRow
 from polyhead.server.engine.kv_space import KVSpace, Place
 from polyhead.server.engine.request import Request
-from polyhead.server.engine.reuse import Reuse
+from polyhead.server.engine.reuse import Reuse, key_of
 from polyhead.server.engine.sequence import Sequence
 
 Key = tuple[str, tuple[int, ...]]
@@ -31,9 +31,12 @@ class SourceCache(Reuse):
     """At most `max_tokens` of capacity for sources that nobody answers at the moment, least
     recently used first to go."""
 
-    def __init__(self, space: KVSpace, max_tokens: int) -> None:
+    def __init__(
+        self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = key_of
+    ) -> None:
         super().__init__(space)
         self._max_tokens = max_tokens
+        self._key = key
         self._known: dict[Key, Source] = {}
         self._unread: OrderedDict[Source, None] = OrderedDict()
         self._unread_tokens = 0
@@ -50,11 +53,11 @@ class SourceCache(Reuse):
 
     def ahead(self, sequence: Sequence) -> int:
         """Tokens of its source, unless they are encoded or about to be."""
-        return 0 if _key(sequence) in self._known else len(sequence.request.source)
+        return 0 if self._key_of(sequence) in self._known else len(sequence.request.source)
 
     def take(self, sequence: Sequence) -> bool:
         """A row, and the encoded source beside it."""
-        source = self._known.get(_key(sequence)) or self._begin(sequence)
+        source = self._known.get(self._key_of(sequence)) or self._begin(sequence)
         if source is None:
             return False
         self._read(source, sequence)
@@ -98,8 +101,11 @@ class SourceCache(Reuse):
         self._to_encode.clear()
         return found
 
+    def _key_of(self, sequence: Sequence) -> Key:
+        return self._key(sequence.request), sequence.request.source
+
     def _begin(self, sequence: Sequence) -> Source | None:
-        source = Source(_key(sequence), sequence.request)
+        source = Source(self._key_of(sequence), sequence.request)
         if not self._space.reserve_aside(source, len(sequence.request.source)):
             return None
         self._known[source.key] = source
@@ -130,7 +136,3 @@ class SourceCache(Reuse):
 
     def _size(self, source: Source) -> int:
         return self._space.row_capacity(len(source.key[1]))
-
-
-def _key(sequence: Sequence) -> Key:
-    return adapter_key(sequence.request.adapter), sequence.request.source

@@ -62,7 +62,7 @@ class Admission:
         check_most("choices", len(body.choices), self.settings.max_choices)
         answerer = self.answerers.find(body)
         prompt = self._prompt(body, answerer.template)
-        room = self.max_context - len(prompt)
+        room = self.tokenizer.room(self.max_context, len(prompt))
         choices = [
             self._tokens(f"choices[{i}]", choice, room) for i, choice in enumerate(body.choices)
         ]
@@ -90,11 +90,11 @@ class Admission:
             id=request_id,
             task=answerer.name,
             generation=answerer.generation,
-            prompt=prompt,
             adapter=answerer.adapter,
             priority=body.priority,
             deadline=None if body.deadline is None else now + body.deadline,
             arrival=now,
+            **self.tokenizer.placed(prompt),
             **rest,
         )
 
@@ -143,7 +143,7 @@ class Admission:
         given = body.model_dump(include=set(Sampling.model_fields), exclude_unset=True)
         merged = Sampling.model_validate({**defaults, **given})
         check_sampling(merged, self.settings)
-        room = self.max_context - prompt
+        room = self.tokenizer.room(self.max_context, prompt)
         if given.get("max_tokens") is not None:
             check_most("max_tokens", given["max_tokens"], room, f"with {prompt} prompt tokens")
         stop = (merged.stop,) if isinstance(merged.stop, str) else tuple(merged.stop or ())

@@ -178,7 +178,7 @@ class Bridge:
         try:
             with in_use(request.adapter):
                 engine.submit(request)
-                caller.charge(len(request.prompt) + sum(map(len, request.continuations)))
+                caller.charge(len(request.asked) + sum(map(len, request.continuations)))
                 try:
                     yield answer
                 finally:

@@ -93,7 +93,7 @@ class Tally:
     """Counts a request's tokens."""
 
     def __init__(self, request: engine.Request) -> None:
-        self._prompt = len(request.prompt)
+        self._prompt = len(request.asked)
         self._completion = 0
         self._cached = 0
 

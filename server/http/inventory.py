@@ -16,6 +16,7 @@ async def inventory(service: Annotated[Service, Depends(the_service)]) -> Invent
     header = service.inventory.header
     return InventoryAnswer(
         backbone=header.backbone.name,
+        kind="causal" if service.tokenizer.decoder_start is None else "encoder-decoder",
         modules=[module.name for module in header.modules],
         heads=header.heads,
         skills=header.skills,

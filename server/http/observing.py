@@ -34,7 +34,7 @@ class RequestLog:
             "answer_id": request.id,
             "task": request.task,
             "generation": request.generation,
-            "prompt_tokens": len(request.prompt),
+            "prompt_tokens": len(request.asked),
             "cached_tokens": journey.cached_tokens,
             "completion_tokens": journey.tokens,
             "finish_reasons": journey.reasons,
@@ -45,7 +45,7 @@ class RequestLog:
         if journey.error is not None:
             fields["error"] = journey.error
         if self._with_prompts:
-            fields["prompt"] = self._tokenizer.decode(request.prompt)
+            fields["prompt"] = self._tokenizer.decode(request.asked)
         return fields
 
 

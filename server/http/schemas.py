@@ -413,6 +413,7 @@ class InventoryAnswer(BaseModel):
     """The answer of `GET /inventory`."""
 
     backbone: str
+    kind: Literal["causal", "encoder-decoder"]
     modules: list[str]
     heads: int
     skills: int

@@ -130,10 +130,10 @@ class Metrics:
         for reason in journey.reasons:
             self.finished.labels(reason).inc()
         if journey.started is not None:
-            self.prompt_tokens.inc(len(request.prompt))
-            self.prefix_queries.inc(len(request.prompt))
+            self.prompt_tokens.inc(len(request.asked))
+            self.prefix_queries.inc(len(request.asked))
             self.prefix_hits.inc(journey.cached_tokens)
-        figures = TaskFigures(1, len(request.prompt), journey.tokens, journey.seconds or 0.0)
+        figures = TaskFigures(1, len(request.asked), journey.tokens, journey.seconds or 0.0)
         with self._top_lock:
             self._top_tasks.add(request.task, figures)
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from factories import VOCAB, random_task, tiny_model
+from factories import VOCAB, random_task, tiny_model, tiny_t5
 from oracles import COMBINED, FACTORED, distance, merged
 from torch import Tensor
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from polyhead.adapters.costs import FormCosts
 from polyhead.adapters.encoder_decoder import IGNORED, EncoderDecoder
@@ -19,24 +18,6 @@ EXACT = 1e-4
 DIFFERENT = 0.1
 LENGTHS = [9, 4, 7, 6]
 KINDS = ["relu", "gated-gelu"]  # T5; T5 1.1, Flan-T5, T0 and mT5
-
-
-def tiny_t5(kind: str, factor: float) -> PreTrainedModel:
-    """factor: of the weights; the gated one repeats itself less with 8."""
-    torch.manual_seed(1)
-    config = T5Config(
-        vocab_size=VOCAB,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj=kind,
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-        initializer_factor=factor,
-    )
-    return T5ForConditionalGeneration(config).eval().requires_grad_(False)
 
 
 class World:

@@ -11,6 +11,7 @@ from polyhead.server.engine import request as engine
 from polyhead.server.engine.request import Output
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.checks import check_most
+from polyhead.server.http.errors import InvalidValue
 from polyhead.server.http.openai.answering import answered
 from polyhead.server.http.openai.asking import admit
 from polyhead.server.http.openai.schemas import COMPLETION_TOKENS, CompletionBody
@@ -36,6 +37,13 @@ async def complete(
 
 
 def _admit(service: Service, body: CompletionBody, name: str) -> list[engine.Request]:
+    if body.echo and service.tokenizer.decoder_start is not None:
+        raise InvalidValue.of(
+            "echo",
+            "an encoder-decoder's answer does not continue its prompt",
+            found="true",
+            expected="false",
+        )
     check_most("prompt", len(body.prompts), service.settings.max_choices, "prompts")
     return admit(service.admission, body.asked(), name, COMPLETION_TOKENS, {})
 

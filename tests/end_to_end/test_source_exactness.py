@@ -1,0 +1,242 @@
+"""T5 in the engine: mixed batches against each task's own merged model, run alone."""
+
+import random
+import time
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from factories import (
+    VOCAB,
+    Collector,
+    alone,
+    make_engine,
+    merged,
+    random_private,
+    random_task,
+    restless_t5,
+    tiny_inventory,
+)
+from transformers import PreTrainedModel
+
+from polyhead.adapters.inject import Injection, inject
+from polyhead.adapters.plan import Adapter, RoutedTask
+from polyhead.adapters.routing import mix
+from polyhead.server.engine import source_attention
+from polyhead.server.engine.batch import Row
+from polyhead.server.engine.engine import Engine
+from polyhead.server.engine.request import Output, Request, SamplingParams
+
+STACKS = ["relu", "gated-gelu"]  # T5; T5 1.1, Flan-T5, T0 and mT5
+KINDS = ["routed", "other", "private", "mixture", "base"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A backbone with adapters in it, and beside it every task's merged model."""
+
+    model: PreTrainedModel
+    injection: Injection
+    adapters: dict[str, Adapter]
+    references: dict[str, PreTrainedModel]
+
+
+@cache
+def served(stack: str) -> Served:
+    torch.set_num_threads(1)
+    model = restless_t5(stack)
+    inventory = tiny_inventory(model)
+    routed, other = random_task(inventory, "routed", 1), random_task(inventory, "other", 2)
+    adapters: dict[str, Adapter] = {
+        "routed": routed,
+        "other": other,
+        "private": random_private(inventory, 3),
+        "mixture": RoutedTask("mixture", mix([(routed.weights, 0.3), (other.weights, 0.7)])),
+        "base": None,
+    }
+    references = {kind: merged(model, inventory, adapters[kind]) for kind in KINDS}
+    return Served(model, inject(model, inventory), adapters, references)
+
+
+def ask(bench: Served, name: str, kind: str, source: tuple[int, ...], **more: Any) -> Request:
+    params = SamplingParams(**{"max_tokens": 12, "ignore_eos": True} | more)
+    return Request(name, kind, kind, (0,), bench.adapters[kind], params, source=source)
+
+
+def requests(bench: Served, count: int, seed: int) -> list[Request]:
+    draw = random.Random(seed)
+    made = []
+    for i in range(count):
+        source = tuple(draw.randrange(2, VOCAB) for _ in range(draw.choice([1, 2, 9, 40, 130])))
+        tokens = draw.choice([1, 12, 30, 140])
+        made.append(ask(bench, f"r{i}", KINDS[i % len(KINDS)], source, max_tokens=tokens))
+    return made
+
+
+def wait_until_first_token(collector: Collector, request: Request) -> None:
+    until = time.monotonic() + 60
+    while request.id not in collector.events:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def answers_of(engine: Engine, collector: Collector, asked: list[Request]) -> list[list[int]]:
+    engine.start()
+    for request in asked:
+        engine.submit(request)
+    found = [collector.tokens(request) for request in asked]
+    engine.stop()
+    return found
+
+
+@pytest.mark.parametrize("kv_tokens", [8192, 900], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("stack", STACKS)
+def test_mixed_batches_equal_merged_models_alone(stack: str, kv_tokens: int) -> None:
+    bench = served(stack)
+    asked = requests(bench, 15, seed=len(stack) + kv_tokens)
+    leaving = [ask(bench, f"leaves{i}", "base", (65 + i,), max_tokens=300) for i in range(2)]
+    collector = Collector()
+    engine = make_engine(bench.model, bench.injection, collector, kv_tokens=kv_tokens)
+    engine.start()
+    for request in [*leaving, *asked[:7]]:
+        engine.submit(request)
+    wait_until_first_token(collector, asked[0])
+    for request in asked[7:]:  # these join while others decode
+        engine.submit(request)
+    for request in leaving:
+        engine.abort(request.id)
+    answers = {request.id: collector.tokens(request) for request in asked}
+    for request in leaving:
+        said = collector.tokens(request)
+        assert said == alone(bench.references["base"], request)[: len(said)]
+    stats = engine.stats()
+    engine.stop()
+    changing: list[bool] = []
+    for request in asked:
+        expected = alone(bench.references[request.task], request)
+        assert answers[request.id] == expected, request.id
+        changing += [len(set(expected)) >= 6] if len(expected) >= 12 else []
+    assert sum(changing) > 0.6 * len(changing), "the references repeat themselves"
+    assert (stats.preemptions > 0) == (kv_tokens == 900)
+    assert stats.kv_used_tokens == 0
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_the_wrong_task_answers_otherwise(stack: str) -> None:
+    """The control: were adapters mixed up, the test above would see it."""
+    bench = served(stack)
+    source = tuple(range(40, 70))
+    answers = {tuple(alone(bench.references[k], ask(bench, k, k, source))) for k in KINDS}
+    assert len(answers) == len(KINDS)
+
+
+def test_without_biases_or_with_keys_of_another_source_answers_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other controls: what the engine computes by itself is computed, and is needed."""
+    bench, draw = served("gated-gelu"), random.Random(5)
+    sources = [tuple(draw.randrange(2, VOCAB) for _ in range(20)) for _ in range(4)]
+    asked = [ask(bench, f"r{i}", "routed", source) for i, source in enumerate(sources)]
+    expected = [alone(bench.references["routed"], request) for request in asked]
+
+    def found() -> list[list[int]]:
+        collector = Collector()
+        engine = make_engine(bench.model, bench.injection, collector)
+        return answers_of(engine, collector, asked)
+
+    assert found() == expected
+    real = source_attention.cpu_attention.decode_biased
+
+    def unbiased(*args: Any) -> None:
+        real(*args[:-2], args[-2] * 0, args[-1])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source_attention.cpu_attention, "decode_biased", unbiased)
+        assert all(a != b for a, b in zip(found(), expected, strict=True))
+    looks = source_attention._looks
+
+    def swapped(rows: list[Row], *, of_source: bool) -> list[source_attention.Looks]:
+        turned = [replace(r, source=o.source) for r, o in zip(rows, rows[::-1], strict=True)]
+        return looks(turned, of_source=of_source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source_attention, "_looks", swapped)
+        assert sum(a != b for a, b in zip(found(), expected, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_by_torch_alone_the_same(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves other devices and dtypes, against the same references."""
+    monkeypatch.setattr(source_attention, "compiled_for", lambda *_: False)
+    monkeypatch.setattr(source_attention, "GATHERED", 3)
+    monkeypatch.setattr(source_attention, "QUERIES", 50)
+    bench, collector = served(stack), Collector()
+    asked = requests(bench, 10, seed=3)
+    engine = make_engine(bench.model, bench.injection, collector, kv_tokens=900)
+    for request, tokens in zip(asked, answers_of(engine, collector, asked), strict=True):
+        assert tokens == alone(bench.references[request.task], request), request.id
+    assert engine.stats().preemptions > 0
+
+
+def labels_by_loop(model: PreTrainedModel, request: Request) -> list[float]:
+    """Mean log-probability of each continuation: rank classification as T0 is evaluated."""
+    source = torch.tensor([request.source])
+    labels = [torch.tensor([tail]) for tail in request.continuations]
+    return [-float(model(input_ids=source, labels=gold).loss) for gold in labels]
+
+
+@pytest.mark.parametrize("kv_tokens", [8192, 520], ids=["roomy", "tight"])
+def test_scores_are_those_of_a_plain_loop_over_labels(kv_tokens: int) -> None:
+    bench, collector = served("gated-gelu"), Collector()
+    tails = ((10, 20, 30), (99,), tuple(range(100, 140)), (10, 20, 31))
+    engine = make_engine(
+        bench.model, bench.injection, collector, kv_tokens=kv_tokens, longest=min(kv_tokens, 512)
+    )
+    engine.start()
+    asked = [
+        replace(ask(bench, k, k, tuple(range(5, 105)), max_tokens=1), continuations=tails)
+        for k in KINDS
+    ]
+    for request in asked:
+        engine.submit(request)
+    means: dict[str, list[float]] = {}
+    for request in asked:
+        outputs = [e for e in collector.wait(request) if isinstance(e, Output)]
+        outputs.sort(key=lambda output: output.index)
+        assert [output.token_ids for output in outputs] == list(tails)
+        sums = [sum(token.logprob for token in output.logprobs) for output in outputs]
+        means[request.id] = [s / len(tail) for s, tail in zip(sums, tails, strict=True)]
+    engine.stop()
+    for request in asked:
+        right = labels_by_loop(bench.references[request.task], request)
+        assert means[request.id] == pytest.approx(right, abs=1e-4)
+        for wrong in set(KINDS) - {request.task}:
+            other = labels_by_loop(bench.references[wrong], request)
+            assert other != pytest.approx(right, abs=2e-2)
+
+
+def test_samples_share_one_source_and_depend_on_their_seed_alone() -> None:
+    bench, collector = served("gated-gelu"), Collector()
+    engine = make_engine(bench.model, bench.injection, collector, kept=1024)
+    encoded: list[int] = []
+    runner: Any = engine._runner
+    encode = runner._encode
+    runner._encode = lambda sources: (encoded.append(len(sources)), encode(sources))[1]
+    engine.start()
+
+    def samples(name: str, seed: int) -> list[list[int]]:
+        more = {"max_tokens": 20, "temperature": 1.2, "seed": seed, "n": 4}
+        request = ask(bench, name, "other", tuple(range(2, 32)), **more)
+        engine.submit(request)
+        return [collector.tokens(request, index) for index in range(4)]
+
+    first = samples("a", 1)
+    assert len({tuple(tokens) for tokens in first}) == 4
+    assert sum(encoded) == 1
+    for request in requests(bench, 8, seed=1):
+        engine.submit(request)
+    assert samples("b", 1) == first
+    assert samples("c", 2) != first
+    engine.stop()
