@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import save_backbone, tiny_inventory, tiny_model
+from factories import save_backbone, tiny_inventory, tiny_model, tiny_t5
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from polyhead.server.config import Settings
@@ -66,15 +66,24 @@ def test_rotary_embeddings_that_depend_on_the_batch_are_refused(tmp_path: Path) 
         loaded(model, tmp_path)
 
 
-def test_an_encoder_decoder_is_refused_in_a_line_and_read_where_it_is_converted(
+def test_an_encoder_decoder_gives_an_engine_too(tmp_path: Path) -> None:
+    parts = loaded(tiny_t5(), tmp_path)
+    assert parts.tokenizer.decoder_start == 0
+    assert parts.max_context == 1024
+    assert parts.engine(lambda _events: None).stats().kv_capacity_tokens == 1024
+
+
+def test_another_encoder_decoder_is_refused_in_a_line_and_read_where_it_is_converted(
     tmp_path: Path,
 ) -> None:
-    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
-    T5ForConditionalGeneration(T5Config(**sizes, num_layers=1)).save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="t5 is an encoder-decoder, which is not served"):
+    sizes = {"vocab_size": 32, "d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, encoder_layers=1, decoder_layers=1)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="bart is an encoder-decoder that is not served"):
         load_backbone(tmp_path, torch.float32, torch.device("cpu"))
     model = load_backbone(tmp_path, torch.float32, torch.device("cpu"), any_kind=True)
-    assert isinstance(model, T5ForConditionalGeneration)
+    assert isinstance(model, BartForConditionalGeneration)
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
