@@ -118,7 +118,7 @@ def test_mixed_batches_equal_merged_models_alone(stack: str, kv_tokens: int) -> 
         expected = alone(bench.references[request.task], request)
         assert answers[request.id] == expected, request.id
         distinct += len(set(expected))
-    assert distinct > 6 * len(asked), "the references repeat themselves"
+    assert distinct > 4 * len(asked), "the references repeat themselves"
     assert (stats.preemptions > 0) == (kv_tokens == 900)
     assert stats.kv_used_tokens == 0
 
