@@ -13,11 +13,10 @@ backbone too, which must be the one that is given.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from polyhead.adapters.convert.layered import Trained, by_module, to_inventory
-from polyhead.adapters.convert.sources import module_shape, read_state
+from polyhead.adapters.convert.sources import check_frozen, module_shape, read_state
 from polyhead.adapters.errors import ConversionError
 from polyhead.adapters.inventory import Inventory
 
@@ -46,7 +45,7 @@ def convert_polytropon(
                 raise ConversionError("this variant is not implemented", field=name, found=meaning)
     backbone = model.state_dict()
     adapters = {name: t for name, t in tensors.items() if name not in backbone}
-    _check_frozen(tensors, backbone)
+    check_frozen(tensors, backbone)
     flat_a, flat_b, logits = by_module(adapters, SUFFIXES, "")
     if logits.keys() != flat_a.keys():
         raise ConversionError("skill_logits are missing", field=min(flat_a.keys() ^ logits.keys()))
@@ -98,22 +97,3 @@ def _unrolled(
         a.reshape(1, skills, shape.in_features, rank),
         b.reshape(1, -1, rank, shape.out_features),
     )
-
-
-def _check_frozen(tensors: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> None:
-    for name in tensors.keys() & backbone.keys():
-        given, own = tensors[name], backbone[name]
-        if given.shape != own.shape or not _equal(given, own):
-            raise ConversionError(
-                "the checkpoint's backbone is not the one that was given",
-                field=name,
-                expected="a backbone that stayed frozen",
-            )
-
-
-def _equal(given: Tensor, own: Tensor) -> bool:
-    """To the rounding of the coarser of the two dtypes."""
-    if not (given.is_floating_point() and own.is_floating_point()):
-        return torch.equal(given, own)
-    eps = max(torch.finfo(given.dtype).eps, torch.finfo(own.dtype).eps)
-    return torch.allclose(given.float(), own.float(), rtol=eps, atol=1e-7)

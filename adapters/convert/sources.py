@@ -142,3 +142,23 @@ def common_dtype(tensors: Mapping[str, Tensor]) -> DtypeName:
     raise ConversionError(
         "dtype not implemented", field=first, found=str(wanted), expected=str(list(DTYPES))
     )
+
+
+def check_frozen(tensors: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> None:
+    """Raises `ConversionError` where a checkpoint holds the backbone and it is another one."""
+    for name in tensors.keys() & backbone.keys():
+        given, own = tensors[name], backbone[name]
+        if given.shape != own.shape or not _equal(given, own):
+            raise ConversionError(
+                "the checkpoint's backbone is not the one that was given",
+                field=name,
+                expected="a backbone that stayed frozen",
+            )
+
+
+def _equal(given: Tensor, own: Tensor) -> bool:
+    """To the rounding of the coarser of the two dtypes."""
+    if not (given.is_floating_point() and own.is_floating_point()):
+        return torch.equal(given, own)
+    eps = max(torch.finfo(given.dtype).eps, torch.finfo(own.dtype).eps)
+    return torch.allclose(given.float(), own.float(), rtol=eps, atol=1e-7)

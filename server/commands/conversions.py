@@ -1,4 +1,4 @@
-"""`polyhead convert` and `polyhead inventory`: inventories out of what others have trained."""
+"""`polyhead convert` and `polyhead inventory`: inventories and LoRAs of what others trained."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +10,11 @@ from polyhead.server.commands.common import fail, one_line_errors
 
 if TYPE_CHECKING:
     from polyhead.adapters.inventory import Inventory
+    from polyhead.adapters.private import PrivateAdapter
 
-convert_app = typer.Typer(help="Turn a foreign checkpoint into an inventory.", no_args_is_help=True)
+convert_app = typer.Typer(
+    help="Turn a foreign checkpoint into an inventory, or into a LoRA.", no_args_is_help=True
+)
 inventory_app = typer.Typer(
     help="Make an inventory, or one LoRA, out of LoRAs.", no_args_is_help=True
 )
@@ -66,6 +69,22 @@ def convert_polytropon_command(
     _convert(convert_polytropon, source, out, backbone, names)
 
 
+@convert_app.command("adamix")
+def convert_adamix_command(
+    source: Annotated[Path, typer.Argument(help="The .pt file of a run with LoRA modules")],
+    out: Annotated[Path, typer.Argument(help="Folder of the LoRA to write, new or empty")],
+    backbone: Backbone,
+    alpha: Annotated[float, typer.Option(help="The run's --lora_alpha, which the file lacks")],
+) -> None:
+    """Average the modules of an AdaMix checkpoint to one LoRA, which a task can own."""
+    from polyhead.adapters.convert.adamix import convert_adamix
+
+    with one_line_errors():
+        _refuse_full(out, "OUT")
+        _save_lora(convert_adamix(source, _backbone(backbone), alpha), out, backbone)
+    typer.echo(f"{out}: the average of {source}")
+
+
 @inventory_app.command("from-loras")
 def from_loras_command(
     loras: Loras,
@@ -105,17 +124,25 @@ def merge_command(
     ot, ties and dare need the extra `merge`.
     """
     from polyhead.adapters.convert.merging import merge_loras
-    from polyhead.adapters.materialise import peft_folder
 
     with one_line_errors():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            fail(f"--out {out}: expected a new or an empty folder", 2)
+        _refuse_full(out, "--out")
         folders = _named_folders(loras)
-        merged = merge_loras(folders, _backbone(backbone), method, density, seed)
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in peft_folder(merged, Path(backbone).name).items():
-            (out / name).write_bytes(data)
+        _save_lora(merge_loras(folders, _backbone(backbone), method, density, seed), out, backbone)
     typer.echo(f"{out}: {len(folders)} LoRAs merged by {method} into one")
+
+
+def _refuse_full(out: Path, name: str) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"{name} {out}: expected a new or an empty folder", 2)
+
+
+def _save_lora(adapter: "PrivateAdapter", out: Path, backbone: str) -> None:
+    from polyhead.adapters.materialise import peft_folder
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name, data in peft_folder(adapter, Path(backbone).name).items():
+        (out / name).write_bytes(data)
 
 
 def _named_folders(given: list[str]) -> dict[str, Path]:
