@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.config import TrainingConfig, parse_config
-from polyhead.adapters.training.encode import DEFAULT_TEMPLATE, Encoded, Encoder, pack
+from polyhead.adapters.training.encode import DEFAULT_TEMPLATE, Encoder, pack
 from polyhead.adapters.training.evaluate import EvalOptions, shots_of
 from polyhead.adapters.training.factors import Source
 from polyhead.adapters.training.fewshot import FitOptions, FitTask, fit

@@ -14,16 +14,17 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from polyhead.adapters.errors import InjectionError
 from polyhead.adapters.masked_attention import masked_attention
+from polyhead.adapters.training.encode import TrainingBatch
 from polyhead.adapters.training.layers import Board
 
 IMPLEMENTATION = "polyhead_training"
 """The name under which transformers finds this attention."""
 
 # By module, not by context: checkpointed blocks run again on autograd's own threads.
-_boards: WeakKeyDictionary[nn.Module, Board] = WeakKeyDictionary()
+_boards: WeakKeyDictionary[nn.Module, Board[TrainingBatch]] = WeakKeyDictionary()
 
 
-def install(model: PreTrainedModel, board: Board) -> str | None:
+def install(model: PreTrainedModel, board: Board[TrainingBatch]) -> str | None:
     """Make `model` attend by rows whenever `board` has work. Returns what `restore` needs.
 
     None, and nothing done, when the backbone's attention cannot be exchanged or is not torch's
@@ -68,7 +69,7 @@ def _attention_forward(
             field=type(module).__name__,
             found=str(odd or "cross attention"),
         )
-    batch = board.work.batch
+    batch = board.work.row
     # Autocast may leave q and k wider than v, but kernels want the mask and all three of one type.
     q, k, v = (
         _spread(t[0].transpose(0, 1).to(value.dtype), batch.places, batch.rows)

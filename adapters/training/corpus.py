@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.config import DataPart
 from polyhead.adapters.training.data import Example, by_task, digest, read_examples
-from polyhead.adapters.training.encode import Encoded, Encoder
+from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.errors import ConfigError
 
 
@@ -21,9 +22,9 @@ class Corpus:
     sources: tuple[dict[str, Any], ...]  # path, sha256, examples
 
 
-def read_corpus(config: DataPart, tokenizer: Any) -> Corpus:
-    """Raises `ConfigError` for a pattern that matches nothing or a template of no task,
-    `DataError` for anything wrong in a file."""
+def read_corpus(config: DataPart, tokenizer: Any, *, closed: bool = False) -> Corpus:
+    """closed: see `Encoder`. Raises `ConfigError` for a pattern that matches nothing or a template
+    of no task, `DataError` for anything wrong in a file."""
     examples: list[Example] = []
     sources = []
     for path in _paths(config.train):
@@ -35,14 +36,14 @@ def read_corpus(config: DataPart, tokenizer: Any) -> Corpus:
     if odd:
         raise ConfigError("no such task", field=f"data.templates.{odd[0]}")
     encoded = tuple(
-        tuple(_encoder(config, tokenizer, task).encode(own)) for task, own in tasks.items()
+        tuple(_encoder(config, tokenizer, task, closed).encode(own)) for task, own in tasks.items()
     )
     return Corpus(tuple(tasks), encoded, tuple(sources))
 
 
-def _encoder(config: DataPart, tokenizer: Any, task: str) -> Encoder:
+def _encoder(config: DataPart, tokenizer: Any, task: str, closed: bool) -> Encoder:
     template = config.templates.get(task, config.template)
-    return Encoder(tokenizer, template, config.max_tokens)
+    return Encoder(tokenizer, template, config.max_tokens, closed=closed)
 
 
 def _paths(patterns: Sequence[str]) -> list[Path]:

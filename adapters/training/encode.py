@@ -5,7 +5,7 @@ again with every example, so each example's loss is what it would be alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyhead.adapters.training.answers import (
+    AnswersBatch,
+    Encoded,
+    answers_of,
+    masked_but,
+    task_counts,
+    task_order,
+)
 from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.errors import DataError
 
@@ -22,25 +30,21 @@ SHORT_ROW = 64
 """Examples share a row of attention up to this length: longer ones cost more than they fill."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One example's tokens: what the backbone is given, and what it should go on with."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]  # the end-of-text token is its last one
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
 class Encoder:
     """Turns examples into tokens as serving does: the filled template is encoded alone, with no
     special tokens added, and the answer is encoded apart from it and closed by end-of-text."""
 
     def __init__(
-        self, tokenizer: Any, template: str = DEFAULT_TEMPLATE, max_tokens: int = 512
+        self,
+        tokenizer: Any,
+        template: str = DEFAULT_TEMPLATE,
+        max_tokens: int = 512,
+        *,
+        closed: bool = False,
     ) -> None:
-        """tokenizer: a transformers fast tokenizer. Raises `DataError` for an unusable template."""
+        """tokenizer: a transformers fast tokenizer. closed: whether prompts end as the tokenizer
+        ends a text, as sources of encoder-decoders do. Raises `DataError` for an unusable template.
+        """
         if template.count(INPUT) != 1:
             raise DataError(
                 "wrong template",
@@ -53,13 +57,14 @@ class Encoder:
         self.template = template
         self.max_tokens = max_tokens
         self.end: int = tokenizer.eos_token_id
+        self._closed = closed
         self._tokenizer = tokenizer
         self._fast = tokenizer.backend_tokenizer
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """In the order given. Raises `DataError` naming the first example that is too long."""
-        prompts = self._ids([self.prompt_text(example) for example in examples])
-        answers = self._ids([example.output for example in examples])
+        prompts = self.prompt_ids([self.prompt_text(example) for example in examples])
+        answers = self._ids([example.output for example in examples], special=False)
         encoded = [Encoded(tuple(p), (*a, self.end)) for p, a in zip(prompts, answers, strict=True)]
         for i, one in enumerate(encoded):
             if len(one) > self.max_tokens or not one.prompt:
@@ -87,13 +92,17 @@ class Encoder:
             ) from exc
         return str(rendered)
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+    def prompt_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """What the backbone is given for each of these texts."""
+        return self._ids(texts, special=self._closed)
+
+    def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        found = self._fast.encode_batch_fast(list(texts), add_special_tokens=special)
         return [one.ids for one in found]
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingBatch:
+class TrainingBatch(AnswersBatch):
     """N tokens of E examples of U tasks, all in one row. Tasks are slices of it.
 
     Logits are needed at P places only: those from which an answer token is predicted.
@@ -103,20 +112,10 @@ class TrainingBatch:
     input_ids: Tensor  # [1, N] long
     position_ids: Tensor  # [1, N] long, from 0 in every example
     segment: Tensor  # [N] long: which example a token belongs to
-    tasks: Tensor  # [U] long, ascending: the distinct tasks
-    counts: tuple[int, ...]  # [U]: how many tokens each of them has, in that order
+    counts: tuple[int, ...]  # [U]: how many tokens each of the tasks has, in their order
     predict_at: Tensor  # [P] long, into the N tokens
-    gold: Tensor  # [P] long: the answer token that should come next
-    example_of: Tensor  # [P] long: whose answer it belongs to
-    answer_tokens: Tensor  # [E] long: how many tokens each answer has
-    example_task: tuple[int, ...]  # [E]: task of each example, in the order they were given
     places: Tensor  # [N] long: where a token stands in the flattened [R * L]
     rows: tuple[int, int]  # R, L
-
-    @property
-    def examples(self) -> int:
-        """E."""
-        return len(self.example_task)
 
     @property
     def tokens(self) -> int:
@@ -140,12 +139,6 @@ class TrainingBatch:
     def _row_masks(self) -> dict[tuple[torch.dtype, int | None], Tensor]:
         return {}
 
-    def to(self, device: torch.device | str) -> "TrainingBatch":
-        """The same batch on another device."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in own.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
-
 
 def _blocks(segment: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
     """segment `[R, L]` to a causal mask `[R, 1, L, L]` within equal segments.
@@ -157,8 +150,7 @@ def _blocks(segment: Tensor, dtype: torch.dtype, window: int | None) -> Tensor:
     seen = (segment[:, :, None] == segment[:, None]) & (back >= 0)
     if window is not None:
         seen &= back < window
-    blank = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
-    return blank.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    return masked_but(seen, dtype)
 
 
 def pack(encoded: Sequence[Encoded], example_task: Sequence[int]) -> TrainingBatch:
@@ -166,34 +158,23 @@ def pack(encoded: Sequence[Encoded], example_task: Sequence[int]) -> TrainingBat
 
     Raises `DataError` when there are no examples or not as many task numbers.
     """
-    if not encoded or len(encoded) != len(example_task):
-        raise DataError(
-            "wrong number of examples",
-            field="example_task",
-            found=str(len(example_task)),
-            expected=str(max(1, len(encoded))),
-        )
-    order = sorted(range(len(encoded)), key=lambda i: example_task[i])
-    tasks = sorted(set(example_task))
+    order = task_order(encoded, example_task)
     lengths = [len(encoded[i]) for i in order]
     starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
     begins = [start + len(encoded[i].prompt) - 1 for start, i in zip(starts, order, strict=True)]
-    answers = [(i, k) for i in order for k in range(len(encoded[i].answer))]
-    at = dict(zip(order, begins, strict=True))
+    predict = [
+        begin + k
+        for begin, i in zip(begins, order, strict=True)
+        for k in range(len(encoded[i].answer))
+    ]
     places, rows = _lay_out(lengths)
     return TrainingBatch(
+        **answers_of(encoded, example_task, order),
         input_ids=torch.tensor([[t for i in order for t in encoded[i].prompt + encoded[i].answer]]),
         position_ids=torch.tensor([[p for length in lengths for p in range(length)]]),
         segment=torch.tensor([i for i in order for _ in range(len(encoded[i]))]),
-        tasks=torch.tensor(tasks),
-        counts=tuple(
-            sum(len(encoded[i]) for i in order if example_task[i] == task) for task in tasks
-        ),
-        predict_at=torch.tensor([at[i] + k for i, k in answers]),
-        gold=torch.tensor([encoded[i].answer[k] for i, k in answers]),
-        example_of=torch.tensor([i for i, _ in answers]),
-        answer_tokens=torch.tensor([len(one.answer) for one in encoded]),
-        example_task=tuple(example_task),
+        counts=task_counts(order, example_task, lengths),
+        predict_at=torch.tensor(predict),
         places=torch.tensor(places),
         rows=rows,
     )

@@ -34,6 +34,7 @@ from polyhead.adapters.training.fewshot_types import (
     TrainedMethod,
 )
 from polyhead.adapters.training.holdout import choose_splits
+from polyhead.adapters.training.reading import closes_prompts
 from polyhead.adapters.training.skills import SharedSkills
 from polyhead.adapters.training.trainable import Trainable
 
@@ -107,7 +108,10 @@ class _Fitting:
     ) -> None:
         self._model, self._inventory, self._tokenizer = model, inventory, tokenizer
         self._tasks = list(tasks)
-        self._encoders = [Encoder(tokenizer, task.template, max_tokens) for task in tasks]
+        closed = closes_prompts(model)
+        self._encoders = [
+            Encoder(tokenizer, task.template, max_tokens, closed=closed) for task in tasks
+        ]
         self._prepared = [_prepare(t, e) for t, e in zip(tasks, self._encoders, strict=True)]
         self._cancelled: set[int] = set()
         self._file = state_file

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
+from polyhead.adapters.training.answers import AnswersBatch, Encoded, micro_batches
 from polyhead.adapters.training.fewshot_adam import OwnersAdam
 from polyhead.adapters.training.fewshot_methods import Parameters
 from polyhead.adapters.training.fewshot_runs import Learner, TaskRun
@@ -108,7 +108,7 @@ class JointFit:
             self._hooks.pause()
             batch = self._pack(part)
             shares = torch.tensor([1 / len(work[learner]) for learner, _ in part])
-            weighted = self._trainable(batch) * shares.to(batch.input_ids.device)
+            weighted = self._trainable(batch) * shares.to(batch.gold.device)
             weighted.sum().backward()
             owners = torch.tensor(batch.example_task)
             losses.index_add_(0, owners, weighted.detach().float().cpu())
@@ -166,35 +166,13 @@ class JointFit:
             if run.history.improved:
                 run.best = self._parameters.snapshot(run.keeper)
 
-    def _pack(self, part: Sequence[tuple[int, Encoded]]) -> TrainingBatch:
-        batch = pack([one for _, one in part], [learner for learner, _ in part])
-        return batch.to(self._trainable.model.device)
+    def _pack(self, part: Sequence[tuple[int, Encoded]]) -> AnswersBatch:
+        return self._trainable.pack([one for _, one in part], [learner for learner, _ in part])
 
     def _progress(self, run: TaskRun) -> FitProgress:
         steps = self.step if run.finished else run.options.steps
         method = self._parameters.method
         return FitProgress(run.name, method, self.step, steps, run.loss, run.history.last)
-
-
-def micro_batches(
-    work: Mapping[int, Sequence[Encoded]], tokens: int
-) -> list[list[tuple[int, Encoded]]]:
-    """Pairs of learner and example in parts of at most about `tokens`, learners kept whole where
-    they fit; an example longer than that is a part by itself."""
-    parts: list[list[tuple[int, Encoded]]] = [[]]
-    used = 0
-    for learner, examples in work.items():
-        size = sum(map(len, examples))
-        if used and used + size > tokens:
-            parts.append([])
-            used = 0
-        for example in examples:
-            if used and used + len(example) > tokens:
-                parts.append([])
-                used = 0
-            parts[-1].append((learner, example))
-            used += len(example)
-    return [part for part in parts if part]
 
 
 def _charge(runs: Sequence[TaskRun], began: float) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polyhead.adapters.training.answers import Encoded, micro_batches
 from polyhead.adapters.training.data import Example
 from polyhead.adapters.training.encode import Encoder
+from polyhead.adapters.training.reading import closes_prompts, reading_of
 
 MAX_SHOTS = 16
 SHOT_TOKENS = 1024
@@ -55,8 +57,12 @@ def prompted_right(
     """For each question, whether greedy decoding would give exactly the answer and then a new line.
 
     model: without active adapters. pause: called before each forward pass, which computes at most
-    about `row_tokens` tokens beyond the longest question.
+    about `row_tokens` tokens beyond the longest question. An encoder-decoder ends its answer with
+    end-of-text, and reads every question by itself: what it reads first may depend on what follows.
     """
+    if closes_prompts(model):
+        read = _closed(tokenizer, encoder, shots, asked, instruction)
+        return _right_apart(model, read, pause, row_tokens)
     questions = _questions(tokenizer, encoder, shots, asked, instruction)
     shared = _common(questions)
     found: list[bool] = []
@@ -67,6 +73,38 @@ def prompted_right(
         for question, at in zip(part, row.places, strict=True):
             tokens = predicted[at : at + len(question.answer) + 1]
             found.append(tuple(tokens[:-1]) == question.answer and _ends(tokenizer, tokens[-1]))
+    return found
+
+
+def _closed(
+    tokenizer: Any,
+    encoder: Encoder,
+    shots: Sequence[Example],
+    asked: Sequence[Example],
+    instruction: str,
+) -> list[Encoded]:
+    texts = [prompt_with_shots(encoder, shots, one, instruction) for one in asked]
+    return [
+        Encoded(tuple(prompt), (*_ids(tokenizer, one.output), encoder.end))
+        for prompt, one in zip(encoder.prompt_ids(texts), asked, strict=True)
+    ]
+
+
+def _right_apart(
+    model: PreTrainedModel, asked: Sequence[Encoded], pause: Callable[[], None], row_tokens: int
+) -> list[bool]:
+    reading = reading_of(model)
+    reading.install()
+    found: list[bool] = []
+    try:
+        for part in micro_batches({0: asked}, row_tokens):
+            pause()
+            batch = reading.pack([one for _, one in part], [0] * len(part)).to(model.device)
+            with torch.no_grad():
+                right = reading.logits(batch, None).argmax(-1) == batch.gold
+            found += [bool(right[batch.example_of == i].all()) for i in range(batch.examples)]
+    finally:
+        reading.restore()
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyhead.adapters.training.encode import Encoded
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.fewshot_history import History
 from polyhead.adapters.training.fewshot_methods import Snapshot
 from polyhead.adapters.training.fewshot_types import FitOptions

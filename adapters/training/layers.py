@@ -3,10 +3,10 @@
 The tokens of a batch are one row, ordered by task, so a task's tokens are one slice.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,32 +14,48 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from polyhead.adapters.errors import InjectionError
-from polyhead.adapters.training.encode import TrainingBatch
+
+
+class Row(Protocol):
+    """N tokens that layers see as `[1, N, width]`, ordered by task."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """`[U]`: how many of them each task has."""
+        ...
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`[1, N]`."""
+        ...
+
+
+RowKind = TypeVar("RowKind", bound=Row)
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """One batch as the layers see it: where its tokens are, every module's A and B."""
+class Work(Generic[RowKind]):
+    """One batch as the layers of one row see it: where the tokens are, every module's A and B."""
 
-    batch: TrainingBatch
-    factors: dict[str, tuple[Tensor, Tensor]]  # A [U, r, I], B [U, r, O]
+    row: RowKind
+    factors: Mapping[str, tuple[Tensor, Tensor]]  # A [U, r, I], B [U, r, O]
 
     @cached_property
     def owners(self) -> Tensor:
         """`[N, U, 1]`, 1 where a token belongs to a task."""
-        counts = torch.tensor(self.batch.counts, device=self.batch.input_ids.device)
+        counts = torch.tensor(self.row.counts, device=self.row.input_ids.device)
         slots = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
         return F.one_hot(slots, len(counts)).unsqueeze(-1)
 
 
-class Board:
-    """What the layers need to know about the batch at hand, written before the forward pass.
+class Board(Generic[RowKind]):
+    """What the layers of one row need to know about the batch at hand, written before the pass.
 
     It stays until the next batch: gradient checkpointing computes layers again during backward.
     """
 
     def __init__(self) -> None:
-        self.work: Work | None = None
+        self.work: Work[RowKind] | None = None
 
 
 class TrainedLinear(nn.Module):
@@ -48,7 +64,7 @@ class TrainedLinear(nn.Module):
     With nothing on the board it is the layer that it wraps.
     """
 
-    def __init__(self, base: nn.Module, name: str, board: Board, scaling: float) -> None:
+    def __init__(self, base: nn.Module, name: str, board: Board[Any], scaling: float) -> None:
         super().__init__()
         self.base = base
         self.name = name
@@ -62,7 +78,7 @@ class TrainedLinear(nn.Module):
         if work is None:
             return cast(Tensor, self.base(x))
         a, b = work.factors[self.name]
-        tokens = work.batch.input_ids.shape[1]
+        tokens = work.row.input_ids.shape[1]
         if x.shape != (1, tokens, a.shape[2]):
             raise InjectionError(
                 "the layer does not see the batch's tokens",
@@ -71,7 +87,7 @@ class TrainedLinear(nn.Module):
                 expected=str([1, tokens, a.shape[2]]),
             )
         if self._plain and x.device.type == "cpu" and self.weight.dtype == x.dtype == a.dtype:
-            return self._sliced(x[0], a, b, work.batch.counts).unsqueeze(0)
+            return self._sliced(x[0], a, b, work.row.counts).unsqueeze(0)
         return self._dense(x, a, b, work.owners)
 
     def _sliced(self, x: Tensor, a: Tensor, b: Tensor, counts: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from polyhead.adapters.training.encode import Encoded
+from polyhead.adapters.training.answers import Encoded
 
 
 class Mixture:

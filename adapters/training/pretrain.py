@@ -17,9 +17,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.checkpoint import (
     Checkpoint,
     last_checkpoint,
@@ -29,10 +36,10 @@ from polyhead.adapters.training.checkpoint import (
 )
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.corpus import Corpus, read_corpus
-from polyhead.adapters.training.encode import Encoded
 from polyhead.adapters.training.errors import CheckpointError, ConfigError
 from polyhead.adapters.training.methods import Plan
 from polyhead.adapters.training.mixture import Mixture
+from polyhead.adapters.training.reading import closes_prompts
 from polyhead.adapters.training.records import Records
 from polyhead.adapters.training.stepper import StepFigures, Stepper
 
@@ -75,7 +82,7 @@ def pretrain(
     accelerator = Accelerator(mixed_precision="no")  # a setting of the process: see `_losses`
     model = _load(backbone, config.batch.bfloat16, accelerator.device)
     tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
-    corpus = read_corpus(config.data, tokenizer)
+    corpus = read_corpus(config.data, tokenizer, closed=closes_prompts(model))
     plan = Plan(config, model, backbone.name, corpus.tasks)
     run = Run(config, corpus, plan, model, accelerator)
     run.resume()
@@ -210,7 +217,9 @@ def _load(backbone: Path, bfloat16: bool, device: torch.device) -> PreTrainedMod
     """Under bf16 autocast the frozen weights are kept in bf16, not cast at every use."""
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(backbone, local_files_only=True)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        loaded = kind.from_pretrained(
             backbone, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError) as exc:

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from polyhead.adapters.training import alignment
+from polyhead.adapters.training.answers import AnswersBatch, Encoded
 from polyhead.adapters.training.causality import check_causal
 from polyhead.adapters.training.config import TrainingConfig
-from polyhead.adapters.training.encode import Encoded, TrainingBatch, pack
 from polyhead.adapters.training.errors import ConfigError
 from polyhead.adapters.training.factors import Factors
 from polyhead.adapters.training.methods import Plan
@@ -87,8 +87,7 @@ class Stepper:
         self, part: Sequence[tuple[int, Encoded]], examples: float, synchronise: bool
     ) -> Tensor:
         """Adds the gradients of one part; answers `[2, tasks]`: sums of losses, and counts."""
-        batch = pack([one for _, one in part], [task for task, _ in part])
-        batch = batch.to(self._accelerator.device)
+        batch = self.trainable.pack([one for _, one in part], [task for task, _ in part])
         owners = torch.tensor(batch.example_task, device=self._accelerator.device)
         if not self._checked:
             with self._autocast():
@@ -102,7 +101,7 @@ class Stepper:
         both = torch.stack([losses.detach().float(), torch.ones_like(losses)])
         return sums.index_add_(1, owners, both)
 
-    def _losses(self, batch: TrainingBatch) -> Tensor:
+    def _losses(self, batch: AnswersBatch) -> Tensor:
         with self._autocast():
             losses: Tensor = self._forward(batch)
         return losses

@@ -43,6 +43,6 @@ def load_for_fitting(backbone: str, device: str = "auto") -> tuple[Any, Any]:
 
     folder: Path = find_backbone(backbone)
     place = pick_device(device)
-    model = load_backbone(folder, pick_dtype("float32", place), place)
+    model = load_backbone(folder, pick_dtype("float32", place), place, any_kind=True)
     loose: Any = AutoTokenizer
     return model, loose.from_pretrained(folder, local_files_only=True)

@@ -23,7 +23,8 @@ def sound_examples(
             found=shown(template),
             expected=f"exactly one {INPUT}",
         )
-    encoder = Encoder(tokenizer.transformers, template, settings.max_fit_tokens)
+    closed = tokenizer.decoder_start is not None
+    encoder = Encoder(tokenizer.transformers, template, settings.max_fit_tokens, closed=closed)
     examples = [Example("task", one.input, one.output) for one in given]
     problems = check_examples(examples, encoder, settings.max_fit_examples)
     if problems:

@@ -5,8 +5,9 @@ from torch import Tensor
 from training_world import encoded, examples, plain_losses
 from transformers import PreTrainedModel
 
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.data import Example, Message
-from polyhead.adapters.training.encode import Encoded, Encoder, TrainingBatch, pack
+from polyhead.adapters.training.encode import Encoder, TrainingBatch, pack
 from polyhead.adapters.training.errors import DataError
 
 END = 256

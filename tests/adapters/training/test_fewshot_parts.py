@@ -7,13 +7,13 @@ import torch
 from factories import byte_tokenizer
 from torch import nn
 
+from polyhead.adapters.training.answers import Encoded, micro_batches
 from polyhead.adapters.training.data import Example, Message
-from polyhead.adapters.training.encode import Encoded, Encoder
+from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.errors import ConfigError
 from polyhead.adapters.training.fewshot_adam import BETAS, CLIP, EPSILON, Owned, OwnersAdam
 from polyhead.adapters.training.fewshot_check import check_examples
 from polyhead.adapters.training.fewshot_history import History
-from polyhead.adapters.training.fewshot_joint import micro_batches
 from polyhead.adapters.training.fewshot_runs import Learner, Prepared, learners_of
 from polyhead.adapters.training.fewshot_types import FitOptions
 from polyhead.adapters.training.holdout import k_folds

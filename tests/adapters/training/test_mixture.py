@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from polyhead.adapters.training.encode import Encoded
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.mixture import Mixture, shares
 
 

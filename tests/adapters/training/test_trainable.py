@@ -6,7 +6,6 @@ import pytest
 import torch
 from factories import tiny_model
 from torch import Tensor
-from torch.func import functional_call
 from training_world import (
     HEADS,
     RANK,
@@ -15,13 +14,14 @@ from training_world import (
     encoded,
     examples,
     layout_of,
-    plain_losses,
+    merged_loss,
+    reference,
     routed,
+    skill_grads,
     strengthen,
     trainable,
 )
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from polyhead.adapters.errors import InjectionError
 from polyhead.adapters.inject import find_modules, inject
@@ -29,57 +29,14 @@ from polyhead.adapters.inventory import BackboneRef, Inventory, InventoryHeader,
 from polyhead.adapters.plan import RoutedTask, use_plan
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.data import Example
-from polyhead.adapters.training.encode import Encoded, pack
+from polyhead.adapters.training.encode import pack
 from polyhead.adapters.training.layers import TrainedLinear
 from polyhead.adapters.training.skills import Routings
 from polyhead.adapters.training.sources import OwnSkillsSource, PrivateSource, RoutedSource, export
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
-Pairs = dict[str, tuple[Tensor, Tensor]]
-
-
-def folded(a: Tensor, b: Tensor, logits: Tensor) -> Tensor:
-    """`scaling * A_t B_t` `[I, O]`, literally. a `[H, S, I/H, r]`, b `[H, S, r, O/H]`."""
-    s = logits.sigmoid()
-    w = s / (s.sum(-1, keepdim=True) + 1e-12)
-    a_t = torch.cat([sum(w[h, k] * a[h, k] for k in range(SKILLS)) for h in range(HEADS)])
-    b_t = torch.cat([sum(w[h, k] * b[h, k] for k in range(SKILLS)) for h in range(HEADS)], 1)
-    return SCALING * a_t @ b_t
-
-
-def merged_loss(model: PreTrainedModel, deltas: dict[str, Tensor], one: Encoded) -> Tensor:
-    weights = {}
-    for name, delta in deltas.items():
-        layer = model.get_submodule(name)
-        turned = delta if isinstance(layer, Conv1D) else delta.T
-        weights[f"{name}.weight"] = layer.weight + turned  # type: ignore[operator]
-    ids = torch.tensor([one.prompt + one.answer])
-    return plain_losses(functional_call(model, weights, (ids,)).logits, one)
-
-
-def reference(
-    model: PreTrainedModel, source: RoutedSource, tokens: list[Encoded], tasks: list[int]
-) -> tuple[Tensor, Pairs, Tensor]:
-    """Losses, and gradients of their mean with respect to every A, B and logit."""
-    a, b = source.skills.export()
-    for tensor in (*a.values(), *b.values()):
-        tensor.requires_grad_()
-    logits = source.routings.logits.detach().clone().requires_grad_()
-    losses = []
-    for one, task in zip(tokens, tasks, strict=True):
-        deltas = {name: folded(a[name], b[name], logits[task, m]) for m, name in enumerate(a)}
-        losses.append(merged_loss(model, deltas, one))
-    torch.stack(losses).mean().backward()
-    grads = {name: (a[name].grad, b[name].grad) for name in a}
-    return torch.stack(losses).detach(), grads, logits.grad  # type: ignore[return-value]
-
-
-def skill_grads(source: RoutedSource) -> Pairs:
-    """The gradients of the stacked parameters, in the inventory's shapes."""
-    a = {int(w): p.grad.mT.unbind(0) for w, p in source.skills.a.items()}  # type: ignore[union-attr]
-    b = {int(w): p.grad.unbind(0) for w, p in source.skills.b.items()}  # type: ignore[union-attr]
-    return source.skills.stacks.by_module(a, b)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
