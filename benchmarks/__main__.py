@@ -7,6 +7,7 @@ from pathlib import Path
 
 COMMANDS = (
     "throughput",
+    "seq2seq",
     "registration",
     "memory",
     "liveness",

@@ -57,7 +57,7 @@ class WatchedSide(EngineSide):
             self._metrics.step(record)
             self.spent += time.thread_time() - began
 
-    def _receive(self, events: list[Event]) -> None:
+    def receive(self, events: list[Event]) -> None:
         if self.watching:
             began = time.thread_time()
             for event in events:
@@ -67,7 +67,7 @@ class WatchedSide(EngineSide):
                 if event.finish_reason is not None:
                     stopwatch.ended()
             self.spent += time.thread_time() - began
-        super()._receive(events)
+        super().receive(events)
 
 
 def main(

@@ -10,7 +10,7 @@ from peft import PolyConfig, get_peft_model
 from torch import Tensor
 
 from benchmarks.workload import Work
-from polyhead.adapters.inject import find_modules, inject
+from polyhead.adapters.inject import Injection, find_modules, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.measuring import measure_costs
 from polyhead.adapters.plan import RoutedTask
@@ -28,8 +28,63 @@ CPU = torch.device("cpu")
 Side = Callable[[Sequence[Work]], None]
 
 
-class EngineSide:
-    """Polyhead's engine, driven in process. routed=False leaves the backbone bare."""
+class Driven:
+    """An engine in this process that answers a list of requests; None leaves its backbone bare."""
+
+    def __init__(self, injection: Injection | None) -> None:
+        self._injection = injection
+        self._tasks: list[RoutedTask] = []
+        self._changed = threading.Condition()
+        self._left = 0
+        if injection is not None:
+            groups = [slot.group for slot in injection.slots]
+            injection.planner.costs = measure_costs(groups)
+
+    def start(self, engine: Engine) -> None:
+        """engine: publishes to `receive`."""
+        self.engine = engine
+        self.engine.start()
+
+    def __call__(self, work: Sequence[Work]) -> None:
+        tasks = [self._task(item.task) for item in work]
+        with self._changed:
+            self._left = len(work)
+        for number, (item, task) in enumerate(zip(work, tasks, strict=True)):
+            self.submit(self.request(f"r{number}", item, task))
+        with self._changed:
+            self._changed.wait_for(lambda: self._left == 0)
+
+    def submit(self, request: Request) -> None:
+        self.engine.submit(request)
+
+    def request(self, name: str, item: Work, task: RoutedTask | None) -> Request:
+        params = SamplingParams(max_tokens=item.new_tokens, ignore_eos=True)
+        label = f"task-{item.task}"
+        return Request(name, label, label, item.prompt, task, params)
+
+    def _task(self, number: int) -> RoutedTask | None:
+        if self._injection is None:
+            return None
+        header = self._injection.inventory.header
+        while len(self._tasks) <= number:
+            key = len(self._tasks)
+            generator = torch.Generator().manual_seed(key)
+            shape = (self._injection.count, header.heads, header.skills)
+            logits = torch.randn(shape, generator=generator)
+            self._tasks.append(RoutedTask(str(key), torch.softmax(logits, -1)))
+        return self._tasks[number]
+
+    def receive(self, events: list[Event]) -> None:
+        failed = [event for event in events if isinstance(event, Failure)]
+        assert not failed, failed
+        ended = sum(1 for e in events if isinstance(e, Output) and e.finish_reason)
+        with self._changed:
+            self._left -= ended
+            self._changed.notify_all()
+
+
+class EngineSide(Driven):
+    """Polyhead's engine over a causal backbone. routed=False leaves it bare."""
 
     def __init__(
         self,
@@ -43,61 +98,25 @@ class EngineSide:
     ) -> None:
         model = load_backbone(folder, dtype, CPU)
         pack_linears(model)
-        self._injection = None
+        injection = None
         if routed:
             modules = find_modules(model, heads=HEADS)
             reference = BackboneRef.of(model, folder.name)
             inventory = Inventory.random(
                 reference, modules, heads=HEADS, skills=SKILLS, rank=RANK, std=0.01
             )
-            self._injection = inject(model, inventory)
-            slots = self._injection.slots
-            self._injection.planner.costs = measure_costs([slot.group for slot in slots])
-        self._tasks: list[RoutedTask] = []
+            injection = inject(model, inventory)
+        super().__init__(injection)
         space = KVSpace(65536, 2048)
-        self.engine = Engine(
-            Runner(model, self._injection, space.capacities),
-            Scheduler(SchedulerConfig(seats, max(seats, step_tokens)), space),
-            Tokenizer.load(folder),
-            self._receive,
-            watch=watch,
+        self.start(
+            Engine(
+                Runner(model, injection, space.capacities),
+                Scheduler(SchedulerConfig(seats, max(seats, step_tokens)), space),
+                Tokenizer.load(folder),
+                self.receive,
+                watch=watch,
+            )
         )
-        self._changed = threading.Condition()
-        self._left = 0
-        self.engine.start()
-
-    def __call__(self, work: Sequence[Work]) -> None:
-        tasks = [self._task(item.task) for item in work]
-        with self._changed:
-            self._left = len(work)
-        for number, (item, task) in enumerate(zip(work, tasks, strict=True)):
-            params = SamplingParams(max_tokens=item.new_tokens, ignore_eos=True)
-            name = f"task-{item.task}"
-            self.submit(Request(f"r{number}", name, name, item.prompt, task, params))
-        with self._changed:
-            self._changed.wait_for(lambda: self._left == 0)
-
-    def submit(self, request: Request) -> None:
-        self.engine.submit(request)
-
-    def _task(self, number: int) -> RoutedTask | None:
-        if self._injection is None:
-            return None
-        while len(self._tasks) <= number:
-            key = len(self._tasks)
-            generator = torch.Generator().manual_seed(key)
-            shape = (self._injection.count, HEADS, SKILLS)
-            logits = torch.randn(shape, generator=generator)
-            self._tasks.append(RoutedTask(str(key), torch.softmax(logits, -1)))
-        return self._tasks[number]
-
-    def _receive(self, events: list[Event]) -> None:
-        failed = [event for event in events if isinstance(event, Failure)]
-        assert not failed, failed
-        ended = sum(1 for e in events if isinstance(e, Output) and e.finish_reason)
-        with self._changed:
-            self._left -= ended
-            self._changed.notify_all()
 
 
 def generate_model(folder: Path, dtype: torch.dtype, poly_tasks: int = 0) -> Any:
@@ -117,7 +136,7 @@ def generate_model(folder: Path, dtype: torch.dtype, poly_tasks: int = 0) -> Any
 
 
 class GenerateSide:
-    """transformers' `generate` over left-padded batches, in order of arrival."""
+    """transformers' `generate` over padded batches, in order of arrival."""
 
     def __init__(self, model: Any, *, batch: int) -> None:
         self._model = model
