@@ -212,3 +212,17 @@ def test_the_inventory_says_what_kind_of_backbone_it_is(t5: LiveServer, live: Li
     for server, kind in [(t5, "encoder-decoder"), (live, "causal")]:
         with Client(server.url) as client:
             assert client.inventory().kind == kind
+
+
+def test_deadlines_and_schemas_hold_here_too(t5: LiveServer) -> None:
+    late = t5.generate(max_tokens=CONTEXT - 1, deadline=0.02)["choices"][0]
+    assert late["finish_reason"] == "deadline"
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 22]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    held = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    found = t5.generate(max_tokens=40, ignore_eos=False, response_format=held)["choices"][0]
+    assert json.loads(found["text"])["a"] in (1, 22)

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -240,3 +241,31 @@ def test_samples_share_one_source_and_depend_on_their_seed_alone() -> None:
     assert samples("b", 1) == first
     assert samples("c", 2) != first
     engine.stop()
+
+
+def test_kept_sources_answer_as_cold_ones_and_a_key_without_the_adapter_does_not() -> None:
+    bench, draw = served("gated-gelu"), random.Random(6)
+    sources = [tuple(draw.choices(range(2, VOCAB), k=length)) for length in (20, 50, 90)]
+    asked = [
+        ask(bench, f"r{i}", draw.choice(KINDS), draw.choice(sources), max_tokens=8)
+        for i in range(40)
+    ]
+
+    def found(kept: int, key: Callable[[Request], str] | None = None) -> tuple[Any, int]:
+        """Every request's tokens, asked one after another, and how many tokens were cached."""
+        collector, answers, cached = Collector(), [], 0
+        engine = make_engine(bench.model, bench.injection, collector, kept=kept, key=key)
+        engine.start()
+        for request in asked:
+            engine.submit(request)
+            answers.append(collector.tokens(request))
+            cached += max(event.cached_tokens for event in collector.wait(request))  # type: ignore[union-attr]
+        engine.stop()
+        return answers, cached
+
+    cold, none = found(0)
+    warm, some = found(4096)
+    assert (none, some > 500) == (0, True)
+    assert warm == cold
+    confused, _ = found(4096, lambda _: "")
+    assert sum(a != b for a, b in zip(confused, cold, strict=True)) > 10
