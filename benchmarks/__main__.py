@@ -13,6 +13,7 @@ COMMANDS = (
     "liveness",
     "fit_lane",
     "fitting",
+    "warm_start",
     "registry",
     "private",
     "simulate",

@@ -175,7 +175,8 @@ class MethodScore(Answer):
 
 
 class FitResult(Answer):
-    """What a job has made. `prompted_score` is the bare backbone's, with examples in its prompt."""
+    """What a job has made. `prompted_score` is the bare backbone's, with examples in its prompt;
+    `began_from` the task that a warm start found near."""
 
     generation: str
     method: str
@@ -183,6 +184,7 @@ class FitResult(Answer):
     prompted_score: float | None = None
     methods: list[MethodScore] | None = None
     seconds: float
+    began_from: str | None = None
 
 
 class Job(Answer):

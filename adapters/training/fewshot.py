@@ -37,6 +37,7 @@ from polyhead.adapters.training.holdout import choose_splits
 from polyhead.adapters.training.reading import closes_prompts
 from polyhead.adapters.training.skills import SharedSkills
 from polyhead.adapters.training.trainable import Trainable
+from polyhead.adapters.training.warm_start import begin_near
 
 __all__ = [
     "FitInterrupted",
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 ORDER: tuple[TrainedMethod, ...] = ("z", "mu", "mhr", "lora")
+WARM: tuple[TrainedMethod, ...] = ("z", "mhr")
+"""Methods with logits, which can begin from another task's."""
 MAX_TOGETHER = 100_000_000
 """Numbers trained in one batch; Adam and the best state take each four times in memory."""
 
@@ -240,6 +243,10 @@ class _Fitting:
             # Another round's, where all of its tasks were cancelled since: it will not go on.
             if running is not None and running[1]["round"] == [method, group]:
                 joint.resume(*running)
+            elif method in WARM:
+                begin_near(
+                    trainable, self._inventory, skills, learners, runs, parameters, hooks.pause
+                )
             self._joint = (method, group, joint)
             joint.run()
             for number, run in zip(group, runs, strict=True):
@@ -249,7 +256,7 @@ class _Fitting:
                     self._state.overflowed.add((number, method))
                 else:
                     adapter = parameters.export(run.keeper, run.best)
-                    outcome = Outcome(adapter, run.history.score, run.seconds)
+                    outcome = Outcome(adapter, run.history.score, run.seconds, run.began_from)
                     self._state.outcomes[number, method] = outcome
         finally:
             trainable.detach()
@@ -274,6 +281,7 @@ class _Fitting:
             prompted_score=None if prompted is None else prompted[0],
             methods=tuple(methods),
             seconds=sum(one.seconds for one in methods),
+            began_from=tried[best].began_from,
         )
 
     def _has(self, number: int, method: TrainedMethod) -> bool:

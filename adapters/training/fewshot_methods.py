@@ -37,6 +37,12 @@ class Parameters:
             return options.rate
         return options.logits_rate if self.method == "z" else options.rate * LOGITS_OVER_RATE
 
+    def begin(self, learner: int, logits: Tensor) -> None:
+        """Let a learner begin from logits `[M, H, S]`, where it has any."""
+        for one in self.owned:
+            if one.name == "logits":
+                one.restore(learner, logits)
+
     def snapshot(self, learner: int) -> Snapshot:
         return {one.name: one.slice(learner) for one in self.owned}
 

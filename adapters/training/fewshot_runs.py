@@ -49,6 +49,10 @@ class Learner:
         orders = {place // count: self._order(place // count) for place in places}
         return [self.examples[orders[place // count][place % count]] for place in places]
 
+    def first(self, count: int) -> list[Encoded]:
+        """The examples that it learns from first, at most so many."""
+        return [self.examples[i] for i in self._order(0)[:count]]
+
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.examples)))
         random.Random(f"{self.options.seed}/{epoch}").shuffle(order)
@@ -70,6 +74,7 @@ class TaskRun:
     best: Snapshot | None = None
     loss: float = float("nan")
     seconds: float = 0.0
+    began_from: str | None = None  # a known task
     finished: bool = False
     cancelled: bool = False
 
@@ -85,6 +90,7 @@ class TaskRun:
             "history": vars(self.history),
             "loss": self.loss,
             "seconds": self.seconds,
+            "began_from": self.began_from,
             "finished": self.finished,
             "cancelled": self.cancelled,
         }
@@ -93,6 +99,7 @@ class TaskRun:
         """Stand where `facts` were taken."""
         self.history = History(**facts["history"])
         self.loss, self.seconds = facts["loss"], facts["seconds"]
+        self.began_from = facts["began_from"]
         self.finished, self.cancelled = facts["finished"], facts["cancelled"]
         self.best = best
 

@@ -18,7 +18,7 @@ from polyhead.adapters.tensor_files import write_tensors
 from polyhead.adapters.training.errors import CheckpointError
 from polyhead.adapters.training.fewshot_types import FitTask, TrainedMethod
 
-FORMAT = "2"
+FORMAT = "3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class Outcome:
     adapter: Routing | PrivateAdapter
     score: float | None
     seconds: float
+    began_from: str | None = None
 
 
 @dataclass
@@ -52,7 +53,7 @@ def save_state(path: Path, fingerprint: str, state: FitState) -> None:
     outcomes = []
     for number, ((task, method), outcome) in enumerate(state.outcomes.items()):
         tensors |= {f"{number}/{name}": t for name, t in _named(outcome.adapter).items()}
-        outcomes.append([task, method, outcome.score, outcome.seconds])
+        outcomes.append([task, method, outcome.score, outcome.seconds, outcome.began_from])
     running = None
     if state.running is not None:
         found, running = state.running
@@ -91,9 +92,9 @@ def load_state(path: Path, fingerprint: str, inventory: Inventory) -> FitState:
 
 def _read(facts: Any, tensors: Mapping[str, Tensor], inventory: Inventory) -> FitState:
     state = FitState({int(task): (s[0], s[1]) for task, s in facts["prompted"].items()})
-    for number, (task, method, score, seconds) in enumerate(facts["outcomes"]):
+    for number, (task, method, *rest) in enumerate(facts["outcomes"]):
         adapter = _adapter(_below(tensors, f"{number}/"), inventory)
-        state.outcomes[task, method] = Outcome(adapter, score, seconds)
+        state.outcomes[task, method] = Outcome(adapter, *rest)
     state.overflowed = {(task, method) for task, method in facts["overflowed"]}
     if facts["running"] is not None:
         state.running = (_below(tensors, "running/"), facts["running"])

@@ -22,6 +22,7 @@ class FitOptions:
     `auto` learns a routing and, where that does not beat the prompted backbone, tries `mu` too.
     holdout: the fraction of examples to score on. folds: score every example, in that many turns.
     At most one of the two; neither chooses by the number of examples (`holdout.choose_splits`).
+    warm_start: of the methods that learn a routing, `z` and `mhr`; `mu` and `lora` have none.
     """
 
     method: Method = "auto"
@@ -32,6 +33,7 @@ class FitOptions:
     patience: int = 3  # scorings without improvement before it stops
     holdout: float | None = None
     folds: int | None = None
+    warm_start: bool = False  # begin from the routing of the nearest known task
     prompted: bool = False  # score the bare backbone with the examples in its prompt; auto does
     seed: int = 0
 
@@ -47,6 +49,8 @@ class FitOptions:
         if self.folds is not None:
             _require(self.folds >= 2, "folds", self.folds, "at least 2")
             _require(self.holdout is None, "folds", self.folds, "nothing beside holdout")
+        if self.warm_start:
+            _require(self.method not in ("mu", "lora"), "warm_start", True, f"no {self.method}")
         _require(self.seed >= 0, "seed", self.seed, "at least 0")
 
 
@@ -100,6 +104,7 @@ class FitResult:
     prompted_score: float | None
     methods: tuple[MethodScore, ...]
     seconds: float
+    began_from: str | None = None  # the known task that a warm start found near
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:

@@ -44,6 +44,9 @@ def fit_command(
     patience: Annotated[int | None, typer.Option(help="Scorings without improvement")] = None,
     holdout: Annotated[float | None, typer.Option(help="Part of the examples to score on")] = None,
     folds: Annotated[int | None, typer.Option(help="Score every example in so many turns")] = None,
+    warm_start: Annotated[
+        bool | None, typer.Option("--warm-start", help="Begin from the nearest task's routing")
+    ] = None,
     prompted: Annotated[
         bool | None, typer.Option("--prompted", help="Score the prompted backbone too")
     ] = None,
@@ -63,6 +66,7 @@ def fit_command(
         "patience": patience,
         "holdout": holdout,
         "folds": folds,
+        "warm_start": warm_start,
         "prompted": prompted,
         "seed": seed,
     }
@@ -178,4 +182,5 @@ def _facts(result: "FitResult") -> dict[str, Any]:
         "prompted_score": result.prompted_score,
         "methods": [asdict(one) for one in result.methods],
         "seconds": result.seconds,
+        "began_from": result.began_from,
     }

@@ -99,13 +99,15 @@ class Computer:
     def _answer(self, result: FitResult) -> None:
         content = result.private if result.routing is None else result.routing
         assert content is not None
-        told = {
+        told: dict[str, Any] = {
             "method": result.method,
             "score": result.score,
             "prompted_score": result.prompted_score,
             "methods": [vars(one) for one in result.methods],
             "seconds": round(result.seconds, 3),
         }
+        if result.began_from is not None:
+            told["began_from"] = result.began_from
         kind = "private" if result.routing is None else "routing"
         message = {"event": "result", "job": result.task, "kind": kind, "result": told}
         self._wire.send(message, content.to_safetensors())

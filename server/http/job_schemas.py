@@ -50,6 +50,7 @@ class ResultAnswer(BaseModel):
     prompted_score: float | None = None
     methods: list[MethodAnswer] | None = None
     seconds: float
+    began_from: str | None = Field(None, description="The task that a warm start found near")
 
 
 class JobAnswer(BaseModel):

@@ -273,6 +273,9 @@ class FitOptionsBody(Body):
     folds: int | None = Field(
         None, ge=2, le=20, description="Parts that take turns at being held out"
     )
+    warm_start: bool = Field(
+        False, description="Begin from the routing of the inventory's nearest task (z and mhr)"
+    )
     prompted: bool = Field(False, description="Score the bare backbone, prompted, as well")
 
     @model_validator(mode="after")
@@ -283,6 +286,17 @@ class FitOptionsBody(Body):
                 "give one of these fields",
                 found="holdout and folds",
                 expected="at most one of holdout, folds",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_routing_to_begin_from(self) -> "FitOptionsBody":
+        if self.warm_start and self.method in ("mu", "lora"):
+            raise InvalidValue.of(
+                "fit.warm_start",
+                "this method learns no routing",
+                found=f"true with {self.method}",
+                expected="auto, z or mhr, or false",
             )
         return self
 

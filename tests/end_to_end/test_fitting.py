@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import LiveServer, serving, settings_for
+from factories import tiny_t5
+from live_server import LiveServer, serving, settings_for, write_model
 
 EXAMPLES = [{"input": f"n{number}", "output": "ab"[number % 2]} for number in range(8)]
 QUICK = {"method": "z", "steps": 4, "holdout": 0.25}
@@ -221,6 +222,7 @@ def example(place: int, **changes: str) -> list[dict[str, str]]:
         ({"fit": {"method": "magic"}}, "fit.method"),
         ({"fit": {"holdout": 1.0}}, "fit.holdout"),
         ({"fit": {"holdout": 0.2, "folds": 3}}, "fit.folds"),
+        ({"fit": {"method": "lora", "warm_start": True}}, "fit.warm_start"),
         ({"fit": {"steps": 0}}, "fit.steps"),
         ({"routing": {"logits": []}}, "examples"),
     ],
@@ -291,3 +293,39 @@ def test_a_worker_without_work_goes(model_folder: Path, tmp_path: Path) -> None:
         assert ended(own, submit(own, id="a")["id"])["state"] == "succeeded"
         own.eventually(lambda: own.service.lane.worker_pid is None, 20)
         assert list((tmp_path / "fits").iterdir()) == []
+
+
+def answers_of(live: LiveServer, task: str) -> list[dict[str, str]]:
+    """What a task says itself, as examples of it."""
+    found = []
+    for number in range(8):
+        body = {"task": task, "input": f"n{number}", "max_tokens": 3, "ignore_eos": True}
+        (choice,) = live.client.post("/generate", json=body).json()["choices"]
+        found.append({"input": f"n{number}", "output": choice["text"]})
+    return found
+
+
+@pytest.mark.parametrize("near", ["amber", "coral"])
+def test_a_warm_start_begins_from_the_task_that_answers_so(fitting: LiveServer, near: str) -> None:
+    asked = {"id": f"like-{near}", "examples": answers_of(fitting, near)}
+    done = ended(fitting, submit(fitting, **asked, fit=QUICK | {"warm_start": True})["id"])
+    assert done["state"] == "succeeded", done
+    assert done["result"]["began_from"] == near
+    cold = ended(fitting, refit(fitting, f"like-{near}", examples=asked["examples"])["id"])
+    assert "began_from" not in cold["result"]
+
+
+def test_an_encoder_decoder_is_fitted_where_it_is_served(tmp_path: Path) -> None:
+    """Twice: the second fit's answers differ from those of the first, so it is the task's own."""
+    write_model(tmp_path / "t5", tiny_t5("gated-gelu", 2.0, eos_token_id=256, pad_token_id=0))
+    with serving(settings_for(tmp_path / "t5", tmp_path / "data", max_fit_tokens=64)) as server:
+        answers = []
+        for letter in "ab":
+            examples = [{"input": f"n{number}", "output": letter * 3} for number in range(8)]
+            how = {"method": "lora", "steps": 40, "rate": 0.02, "holdout": 0.25}
+            job = submit(server, id=f"always-{letter}", examples=examples, fit=how)
+            done = ended(server, job["id"])
+            assert done["state"] == "succeeded", done
+            asked = {"task": f"always-{letter}", "input": "n3", "max_tokens": 3}
+            answers.append(server.client.post("/generate", json=asked).json()["choices"][0]["text"])
+        assert answers == ["aaa", "bbb"]
