@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from factories import alone, byte_tokenizer, merged, random_task, save_backbone
+from factories import (
+    alone,
+    byte_tokenizer,
+    merged,
+    random_task,
+    save_backbone,
+    tiny_inventory,
+    tiny_t5,
+)
 from fit_world import WORDS, world
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from polyhead.adapters.inventory import Inventory
@@ -40,10 +49,7 @@ def write_suite(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    model, inventory = world()
+def write_place(root: Path, model: PreTrainedModel, inventory: Inventory) -> Path:
     inventory.tasks["known"] = Routing.checked(
         random_task(inventory, "known", 3).weights, inventory.layout, "weights"
     )
@@ -53,7 +59,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_every_system_is_measured_and_written(place: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("world"), *world())
+
+
+@pytest.fixture(scope="module")
+def t5_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_t5(eos_token_id=256, pad_token_id=0)
+    return write_place(tmp_path_factory.mktemp("t5"), model, tiny_inventory(model))
+
+
+@pytest.mark.parametrize("kind", ["place", "t5_place"])
+def test_every_system_is_measured_and_written(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place: Path = request.getfixturevalue(kind)
     options = {
         "--backbone": place / "backbone",
         "--inventory": place / "inventory",
