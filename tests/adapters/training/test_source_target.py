@@ -91,6 +91,17 @@ def test_large_kernels_and_eager_attention_give_the_same() -> None:
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-3)
 
 
+def test_bfloat16_backbones_train_float32_adapters() -> None:
+    tokens, tasks = encoded(examples(), closed=True)
+    whole = trainable(tiny_t5("gated-gelu", 1.0))
+    half = trainable(tiny_t5("gated-gelu", 1.0).bfloat16(), whole.source)
+    wanted = whole(whole.pack(tokens, tasks)).detach()
+    found = half(half.pack(tokens, tasks))
+    found.mean().backward()
+    torch.testing.assert_close(found.detach(), wanted, atol=0.15, rtol=0.05)
+    assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {torch.float32}
+
+
 def test_right_answers_are_those_of_greedy_decoding() -> None:
     """The merged model's own `generate` writes an answer; it, and no other, is then right."""
     model = tiny_t5(eos_token_id=256, pad_token_id=0)

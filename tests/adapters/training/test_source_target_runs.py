@@ -138,6 +138,12 @@ def test_a_run_goes_on_from_its_checkpoint(world: Path, tmp_path: Path) -> None:
     assert curve(tmp_path / "whole") == curve(tmp_path / "cut") != curve(tmp_path / "other")
 
 
+def test_bfloat16_learns_as_well(world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path, batch={"bfloat16": True})
+    losses = curve(tmp_path)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_fits_a_task_that_is_then_served(method: TrainedMethod) -> None:
     model = backbone()
