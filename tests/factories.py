@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -70,7 +72,9 @@ def tiny_model(family: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     return model.eval().requires_grad_(False)
 
 
-def tiny_t5(kind: str = "gated-gelu", factor: float = 8.0, **changes: Any) -> PreTrainedModel:
+def tiny_t5(
+    kind: str = "gated-gelu", factor: float = 8.0, family: str = "t5", **changes: Any
+) -> PreTrainedModel:
     """kind: of T5, `relu`, or of T5 1.1, Flan-T5, T0 and mT5, which with weights times 8 repeats
     itself less."""
     torch.manual_seed(1)
@@ -86,8 +90,10 @@ def tiny_t5(kind: str = "gated-gelu", factor: float = 8.0, **changes: Any) -> Pr
         "decoder_start_token_id": 0,
         "initializer_factor": factor,
     }
-    config = T5Config(**{**values, **changes})
-    return T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    mt5 = family == "mt5"
+    config = (MT5Config if mt5 else T5Config)(**{**values, **changes})
+    model = (MT5ForConditionalGeneration if mt5 else T5ForConditionalGeneration)(config)
+    return model.eval().requires_grad_(False)
 
 
 def restless_t5(kind: str = "gated-gelu", **changes: Any) -> PreTrainedModel:

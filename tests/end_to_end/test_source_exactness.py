@@ -28,7 +28,7 @@ from polyhead.adapters.routing import mix
 from polyhead.server.engine import source_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.engine import Engine
-from polyhead.server.engine.request import Output, Request, SamplingParams
+from polyhead.server.engine.request import Failure, Output, Request, SamplingParams
 
 STACKS = ["relu", "gated-gelu"]  # T5; T5 1.1, Flan-T5, T0 and mT5
 KINDS = ["routed", "other", "private", "mixture", "base"]
@@ -122,6 +122,42 @@ def test_mixed_batches_equal_merged_models_alone(stack: str, kv_tokens: int) -> 
     assert distinct > 4 * len(asked), "the references repeat themselves"
     assert (stats.preemptions > 0) == (kv_tokens == 900)
     assert stats.kv_used_tokens == 0
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tied": {"kind": "relu", "tie_word_embeddings": True},
+    "mt5": {"family": "mt5"},
+    "uneven": {"num_decoder_layers": 1, "d_kv": 12},
+    "three": {"num_heads": 3, "d_kv": 8, "relative_attention_max_distance": 20},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_of_the_family(shape: str) -> None:
+    torch.set_num_threads(1)
+    model = restless_t5(**SHAPES[shape])
+    inventory = tiny_inventory(model)
+    tasks: list[Adapter] = [random_task(inventory, "a", 1), random_task(inventory, "b", 2), None]
+    references = [merged(model, inventory, task) for task in tasks]
+    draw = random.Random(4)
+    asked = [
+        Request(
+            f"r{i}",
+            str(i % 3),
+            "g",
+            (0,),
+            tasks[i % 3],
+            SamplingParams(max_tokens=20, ignore_eos=True),
+            source=tuple(draw.choices(range(2, VOCAB), k=10 + 8 * i)),
+        )
+        for i in range(6)
+    ]
+    collector = Collector()
+    engine = make_engine(model, inject(model, inventory), collector)
+    found = answers_of(engine, collector, asked)
+    for i, request in enumerate(asked):
+        assert found[i] == alone(references[i % 3], request)
+        assert found[i] != alone(references[(i + 1) % 3], request)
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -269,3 +305,31 @@ def test_kept_sources_answer_as_cold_ones_and_a_key_without_the_adapter_does_not
     assert warm == cold
     confused, _ = found(4096, lambda _: "")
     assert sum(a != b for a, b in zip(confused, cold, strict=True)) > 10
+
+
+def test_after_a_failed_step_others_are_answered_and_no_memory_is_lost() -> None:
+    bench, collector = served("gated-gelu"), Collector()
+    engine = make_engine(bench.model, bench.injection, collector, max_running=2, kept=1024)
+    runner: Any = engine._runner
+    encode, calls = runner._encode, iter(range(1000))
+
+    def failing(sources: list[Any]) -> None:
+        encode(sources)
+        if sources and next(calls) == 1:
+            raise RuntimeError("half-way")
+
+    runner._encode = failing
+    asked = [
+        ask(bench, f"r{i}", KINDS[i], tuple(range(2 + i, 30)), max_tokens=40) for i in range(5)
+    ]
+    engine.start()
+    for request in asked:
+        engine.submit(request)
+    ended = [collector.wait(request) for request in asked]
+    lost = [isinstance(events[-1], Failure) for events in ended]
+    assert 1 <= sum(lost) <= 2
+    for request, gone in zip(asked, lost, strict=True):
+        if not gone:
+            assert collector.tokens(request) == alone(bench.references[request.task], request)
+    assert (engine.stats().failed_steps, engine.stats().kv_used_tokens) == (1, 0)
+    engine.stop()
