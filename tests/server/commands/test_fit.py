@@ -46,6 +46,26 @@ def test_one_task_becomes_a_routing_in_a_file(folders: list[str], tmp_path: Path
     Routing.from_safetensors(out.read_bytes(), inventory.layout)
 
 
+def test_a_warm_start_tells_whose_routing_it_began_from(tmp_path: Path) -> None:
+    """The task itself is known here, fitted before; without the flag nothing is said."""
+    model, inventory = world()
+    save_backbone(model, tmp_path / "backbone")
+    inventory.save(tmp_path / "inventory")
+    folders = ["--backbone", str(tmp_path / "backbone")]
+    given = examples(tmp_path / "few.jsonl", "rhyme")
+    out = tmp_path / "rhyme.safetensors"
+    how = ["--method", "z", "--steps", "30", "--out", str(out), "--json"]
+    began = []
+    for flags in ([], ["--warm-start"]):
+        where = ["--inventory", str(tmp_path / "inventory")]
+        done = runner.invoke(app, ["fit", *folders, *where, *given, *how, *flags])
+        assert done.exit_code == 0, done.stderr
+        began.append(json.loads(done.stdout)[0]["began_from"])
+        inventory.tasks["known"] = Routing.from_safetensors(out.read_bytes(), inventory.layout)
+        inventory.save(tmp_path / "inventory")
+    assert began == [None, "known"]
+
+
 def test_every_task_of_a_file_is_fitted_and_registered(folders: list[str], tmp_path: Path) -> None:
     given = examples(tmp_path / "few.jsonl", "alpha", "beta")
     out, data = tmp_path / "out", tmp_path / "data"
@@ -108,6 +128,7 @@ def test_a_file_that_is_no_text_is_named(folders: list[str], tmp_path: Path) -> 
         (["--out", "x", "--method", "magic"], 2, "--method"),
         (["--out", "x", "--steps", "0"], 2, "--steps: out of range; expected at least 1; found 0"),
         (["--out", "x", "--logits-rate", "0"], 2, "--logits-rate: out of range"),
+        (["--out", "x", "--method", "lora", "--warm-start"], 2, "--warm-start: out of range"),
         (["--out", "x", "--task", "other"], 1, "no examples of the task 'other'"),
         (["--out", "x", "--template", "no place"], 1, "template"),
         (["--out", "x", "--template", 'say "{input}"'], 2, "--template: not text with JSON's"),
