@@ -37,7 +37,7 @@ from polyhead.adapters.training.warm_start import logits_of, starts
 from polyhead.server.commands.fit import MICRO_TOKENS
 
 SIDES = ("cold", "warm", "random")
-STEPS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 30)
+STEPS = (0, 1, 2, 3, 5, 8, 12, 16)
 """When the test examples are scored; the last is the end. Rates fall as in a fit of the default
 length, which would go on."""
 GOAL = 2.0
@@ -49,7 +49,7 @@ class Curve:
 
     task: str
     side: str
-    began_from: str | None
+    began_from: str
     exact: list[float]
     losses: list[float]
 
@@ -134,9 +134,9 @@ class Bench:
         routings: Routings,
         pairs: Sequence[tuple[SuiteTask, str]],
         learners: Sequence[Learner],
-    ) -> list[str | None]:
+    ) -> list[str]:
         """Put every side where it begins; whose routing that is, by pair."""
-        names: list[str | None] = [None] * len(pairs)
+        names = [""] * len(pairs)
         warm = [i for i, (_, side) in enumerate(pairs) if side == "warm"]
         layout = self._inventory.layout
 
@@ -148,18 +148,17 @@ class Bench:
                 self._known,
                 layout,
                 micro_tokens=MICRO_TOKENS,
-                pause=lambda: None,
             )
             for i, start in zip(warm, found, strict=True):
                 if start is not None:
-                    names[i] = start.task
+                    names[i] = " + ".join(start.tasks)
                     routings.logits.data[i] = start.logits
 
         self.searched += timing.measure(search).cpu_seconds
         for i, (task, side) in enumerate(pairs):
             if side == "random":
                 names[i] = random.Random(f"{self._seed}/{task.name}").choice(list(self._known))
-                drawn: Routing = self._known[names[i] or ""]
+                drawn: Routing = self._known[names[i]]
                 routings.logits.data[i] = logits_of(drawn.weights(layout))
         return names
 

@@ -86,5 +86,5 @@ class FitOptions(TypedDict, total=False):
     seed: int
     holdout: float  # share of the examples that the score is taken on
     folds: int  # parts that take turns at being held out
-    warm_start: bool  # begin from the routing of the inventory's nearest task
+    warm_start: bool  # begin from the routings of the inventory's nearest tasks
     prompted: bool  # score the bare backbone, prompted, as well

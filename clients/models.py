@@ -176,7 +176,7 @@ class MethodScore(Answer):
 
 class FitResult(Answer):
     """What a job has made. `prompted_score` is the bare backbone's, with examples in its prompt;
-    `began_from` the task that a warm start found near."""
+    `began_from` the tasks that a warm start found near, the nearest first."""
 
     generation: str
     method: str
@@ -184,7 +184,7 @@ class FitResult(Answer):
     prompted_score: float | None = None
     methods: list[MethodScore] | None = None
     seconds: float
-    began_from: str | None = None
+    began_from: list[str] | None = None
 
 
 class Job(Answer):

@@ -74,7 +74,7 @@ class TaskRun:
     best: Snapshot | None = None
     loss: float = float("nan")
     seconds: float = 0.0
-    began_from: str | None = None  # a known task
+    began_from: tuple[str, ...] = ()  # known tasks
     finished: bool = False
     cancelled: bool = False
 
@@ -99,7 +99,7 @@ class TaskRun:
         """Stand where `facts` were taken."""
         self.history = History(**facts["history"])
         self.loss, self.seconds = facts["loss"], facts["seconds"]
-        self.began_from = facts["began_from"]
+        self.began_from = tuple(facts["began_from"])
         self.finished, self.cancelled = facts["finished"], facts["cancelled"]
         self.best = best
 

@@ -28,7 +28,7 @@ class Outcome:
     adapter: Routing | PrivateAdapter
     score: float | None
     seconds: float
-    began_from: str | None = None
+    began_from: tuple[str, ...] = ()
 
 
 @dataclass
@@ -92,9 +92,9 @@ def load_state(path: Path, fingerprint: str, inventory: Inventory) -> FitState:
 
 def _read(facts: Any, tensors: Mapping[str, Tensor], inventory: Inventory) -> FitState:
     state = FitState({int(task): (s[0], s[1]) for task, s in facts["prompted"].items()})
-    for number, (task, method, *rest) in enumerate(facts["outcomes"]):
+    for number, (task, method, score, seconds, near) in enumerate(facts["outcomes"]):
         adapter = _adapter(_below(tensors, f"{number}/"), inventory)
-        state.outcomes[task, method] = Outcome(adapter, *rest)
+        state.outcomes[task, method] = Outcome(adapter, score, seconds, tuple(near))
     state.overflowed = {(task, method) for task, method in facts["overflowed"]}
     if facts["running"] is not None:
         state.running = (_below(tensors, "running/"), facts["running"])

@@ -104,7 +104,7 @@ class FitResult:
     prompted_score: float | None
     methods: tuple[MethodScore, ...]
     seconds: float
-    began_from: str | None = None  # the known task that a warm start found near
+    began_from: tuple[str, ...] = ()  # the known tasks that a warm start found near
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:

@@ -1,12 +1,13 @@
-"""Where a fit may begin: from the routing of the known task that is nearest to its examples.
+"""Where a fit may begin: from the routings of the known tasks that are nearest to its examples.
 
 Near is whose routing answers them best, which needs no embeddings and nothing stored but routings.
-One backward pass at uniform weights estimates every known routing to first order,
+All known routings are tried on one example, the best eight on four (successive halving). On eight
+examples the nearest, the mean of the nearest two, and uniform weights, where a fit begins
+otherwise, are compared: some ninety examples forward, as much as seven steps of four. Where more
+than 32 are known, one backward pass at uniform weights picks whom to try, by the first order of
+the loss:
 
     loss(w) ~ loss(1/S) + <d loss / d w, w - 1/S>
-
-and only the few best by that estimate are computed: what a search costs hardly grows with the
-number of known tasks. Uniform weights, where a fit begins otherwise, are among those compared.
 """
 
 import time
@@ -25,9 +26,12 @@ from polyhead.adapters.training.fewshot_runs import Learner, TaskRun
 from polyhead.adapters.training.skills import SharedSkills
 from polyhead.adapters.training.trainable import Trainable
 
+TRIED = 32
+"""Routings that are tried at all; of more, those that the estimate prefers."""
+ROUNDS = ((1, 8), (4, 2))
+"""On how many examples, and how many routings are kept by that."""
 SEARCHED = 8
-"""Examples that a learner compares routings by; never those that it is scored on."""
-SHORTLIST = 6
+"""Examples that a learner compares by in the end; it learns from all, and is scored on none."""
 HIGHEST = 0.5
 LOWEST = 1e-4
 """Sigmoids of the logits that a fit begins from: weights fix them up to a factor, and logits far
@@ -36,9 +40,10 @@ from zero would hardly move."""
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Whose routing a learner begins from, as logits `[M, H, S]`."""
+    """Whose routings a learner begins from, the nearest first, and their mean as logits
+    `[M, H, S]`."""
 
-    task: str
+    tasks: tuple[str, ...]
     logits: Tensor
 
 
@@ -69,7 +74,7 @@ def begin_near(
     spent = (time.monotonic() - began) / len(wanted)
     for run in wanted:
         kept = by_learner[run.keeper]
-        run.began_from = None if kept is None else kept.task
+        run.began_from = () if kept is None else kept.tasks
         run.seconds += spent
 
 
@@ -103,7 +108,10 @@ def starts(
         trainable.source = source
         trainable.bare()
     names = list(usable)
-    return [None if c is None else Start(names[c], logits_of(weights[c])) for c in found]
+    return [
+        Start(tuple(names[c] for c in own), logits_of(weights[own].mean(0))) if own else None
+        for own in found
+    ]
 
 
 def logits_of(weights: Tensor) -> Tensor:
@@ -132,19 +140,33 @@ class _Search:
     micro_tokens: int
     pause: Callable[[], None]
 
-    def nearest(self, weights: Tensor) -> list[int | None]:
-        """Which of the weights `[C, M, H, S]` is best for each learner."""
-        count = min(SHORTLIST, len(weights))
+    def nearest(self, weights: Tensor) -> list[list[int]]:
+        """From the mean of which weights `[C, M, H, S]` each learner is to begin, the nearest
+        first; none where uniform weights are better."""
+        found = self._preferred(weights)
+        for count, kept in ROUNDS:
+            losses = self._losses(weights, found, count)
+            order = losses.topk(min(kept, losses.shape[1]), largest=False).indices
+            found = found.gather(1, order)
+        ways = [found[:, :count] for count in range(1, found.shape[1] + 1)]
         uniform = torch.full_like(weights[0], 1 / weights.shape[-1])
-        losses, slopes = self._slopes(uniform)
+        means = [weights[way].mean(1) for way in ways]
+        tried = torch.stack([*means, uniform.expand_as(means[0])], 1)  # [L, ways, M, H, S]
+        places = torch.arange(tried.shape[0] * tried.shape[1], device=weights.device)
+        last = self._losses(tried.flatten(0, 1), places.view(tried.shape[:2]), SEARCHED)
+        best = last.argmin(1).tolist()
+        return [ways[way][i].tolist() if way < len(ways) else [] for i, way in enumerate(best)]
+
+    def _preferred(self, weights: Tensor) -> Tensor:
+        """`[L, K]`: whom each learner tries."""
+        learners = len(self.examples)
+        if len(weights) <= TRIED:
+            every = torch.arange(len(weights), device=weights.device)
+            return every.expand(learners, -1)
+        uniform = torch.full_like(weights[0], 1 / weights.shape[-1])
+        _, slopes = self._slopes(uniform)
         estimates = torch.einsum("lmhs,cmhs->lc", slopes, weights - uniform)
-        shortlist = estimates.topk(count, largest=False).indices  # [L, K]
-        tried = self._losses(weights, shortlist)  # [L, K]
-        best = tried.argmin(1)
-        return [
-            int(shortlist[i, k]) if tried[i, k] < losses[i] else None
-            for i, k in enumerate(best.tolist())
-        ]
+        return estimates.topk(TRIED, largest=False).indices
 
     def _slopes(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Each learner's loss `[L]` at uniform weights, and its gradient `[L, M, H, S]`."""
@@ -155,11 +177,13 @@ class _Search:
         return total, source.weights.grad
 
     @torch.no_grad()
-    def _losses(self, weights: Tensor, shortlist: Tensor) -> Tensor:
-        """The losses `[L, K]` of each learner under its own shortlist of weights."""
+    def _losses(self, weights: Tensor, shortlist: Tensor, count: int) -> Tensor:
+        """The losses `[L, K]` of each learner's first examples under its own shortlist."""
         rows, columns = shortlist.shape
         source = _Weighted(self.skills, weights[shortlist.flatten()])
-        work = {i * columns + k: self.examples[i] for i in range(rows) for k in range(columns)}
+        work = {
+            i * columns + k: self.examples[i][:count] for i in range(rows) for k in range(columns)
+        }
         return self._total(source, work, learn=False).view(rows, columns)
 
     def _total(

@@ -45,7 +45,7 @@ def fit_command(
     holdout: Annotated[float | None, typer.Option(help="Part of the examples to score on")] = None,
     folds: Annotated[int | None, typer.Option(help="Score every example in so many turns")] = None,
     warm_start: Annotated[
-        bool | None, typer.Option("--warm-start", help="Begin from the nearest task's routing")
+        bool | None, typer.Option("--warm-start", help="Begin from the nearest tasks' routings")
     ] = None,
     prompted: Annotated[
         bool | None, typer.Option("--prompted", help="Score the prompted backbone too")
@@ -182,5 +182,5 @@ def _facts(result: "FitResult") -> dict[str, Any]:
         "prompted_score": result.prompted_score,
         "methods": [asdict(one) for one in result.methods],
         "seconds": result.seconds,
-        "began_from": result.began_from,
+        "began_from": list(result.began_from),
     }

@@ -106,8 +106,8 @@ class Computer:
             "methods": [vars(one) for one in result.methods],
             "seconds": round(result.seconds, 3),
         }
-        if result.began_from is not None:
-            told["began_from"] = result.began_from
+        if result.began_from:
+            told["began_from"] = list(result.began_from)
         kind = "private" if result.routing is None else "routing"
         message = {"event": "result", "job": result.task, "kind": kind, "result": told}
         self._wire.send(message, content.to_safetensors())

@@ -50,7 +50,9 @@ class ResultAnswer(BaseModel):
     prompted_score: float | None = None
     methods: list[MethodAnswer] | None = None
     seconds: float
-    began_from: str | None = Field(None, description="The task that a warm start found near")
+    began_from: list[str] | None = Field(
+        None, description="The tasks that a warm start found near, if any was"
+    )
 
 
 class JobAnswer(BaseModel):

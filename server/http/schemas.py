@@ -274,7 +274,7 @@ class FitOptionsBody(Body):
         None, ge=2, le=20, description="Parts that take turns at being held out"
     )
     warm_start: bool = Field(
-        False, description="Begin from the routing of the inventory's nearest task (z and mhr)"
+        False, description="Begin from the routing of the inventory's nearest tasks (z and mhr)"
     )
     prompted: bool = Field(False, description="Score the bare backbone, prompted, as well")
 

@@ -296,13 +296,15 @@ def test_a_worker_without_work_goes(model_folder: Path, tmp_path: Path) -> None:
 
 
 def answers_of(live: LiveServer, task: str) -> list[dict[str, str]]:
-    """What a task says itself, as examples of it."""
+    """What a task says itself, as examples of it; a random model's answer may be no text at all."""
     found = []
-    for number in range(8):
-        body = {"task": task, "input": f"n{number}", "max_tokens": 3, "ignore_eos": True}
+    for number in range(30):
+        body = {"task": task, "input": f"n{number}", "max_tokens": 4, "ignore_eos": True}
         (choice,) = live.client.post("/generate", json=body).json()["choices"]
-        found.append({"input": f"n{number}", "output": choice["text"]})
-    return found
+        if choice["text"].strip():
+            found.append({"input": f"n{number}", "output": choice["text"]})
+    assert len(found) >= 8
+    return found[:8]
 
 
 @pytest.mark.parametrize("near", ["amber", "coral"])
@@ -310,7 +312,7 @@ def test_a_warm_start_begins_from_the_task_that_answers_so(fitting: LiveServer, 
     asked = {"id": f"like-{near}", "examples": answers_of(fitting, near)}
     done = ended(fitting, submit(fitting, **asked, fit=QUICK | {"warm_start": True})["id"])
     assert done["state"] == "succeeded", done
-    assert done["result"]["began_from"] == near
+    assert done["result"]["began_from"][0] == near
     cold = ended(fitting, refit(fitting, f"like-{near}", examples=asked["examples"])["id"])
     assert "began_from" not in cold["result"]
 

@@ -79,7 +79,7 @@ def test_the_task_that_answers_best_is_found(
     new = task("new", answer, 11, steps=1, warm_start=True, **QUICK)  # type: ignore[arg-type]
     (found,) = fit(model, inventory, byte_tokenizer(), [new])
     losses = losses_of(model, inventory, new)
-    assert found.began_from == nearest == min(losses, key=lambda name: losses[name])
+    assert found.began_from[0] == nearest == min(losses, key=lambda name: losses[name])
 
 
 def test_no_task_that_is_worse_than_uniform_is_begun_from(
@@ -96,7 +96,7 @@ def test_no_task_that_is_worse_than_uniform_is_begun_from(
     cold_task = replace(new, options=replace(new.options, warm_start=False))
     (cold,) = fit(model, alone, byte_tokenizer(), [cold_task])
     (near,) = fit(model, inventory, byte_tokenizer(), [new])
-    assert (warm.began_from, near.began_from) == (None, "q")
+    assert (warm.began_from, near.began_from[0]) == ((), "q")
     assert torch.equal(logits(warm.routing), logits(cold.routing))
     assert not torch.equal(logits(near.routing), logits(cold.routing))
 
@@ -143,8 +143,6 @@ def test_it_takes_a_quarter_of_the_steps_and_a_far_start_does_not(
         [learner],
         inventory.tasks,
         inventory.layout,
-        micro_tokens=256,
-        pause=lambda: None,
     )
     assert trainable.source is source
     trainable.detach()
@@ -169,7 +167,8 @@ def test_slopes_and_losses_are_those_of_the_definition(
     search = _Search(trainable, skills, [encoded[:2], encoded], 64, lambda: None)
     weights = torch.stack([one.weights(inventory.layout) for one in inventory.tasks.values()])
     shortlist = torch.tensor([[0, 1], [3, 0]])
-    found = search._losses(weights, shortlist)
+    found = search._losses(weights, shortlist, 6)
+    fewer = search._losses(weights, shortlist, 2)
     losses, slopes = search._slopes(torch.full_like(weights[0], 0.25))
     step = torch.zeros_like(weights[0])
     step[3, 1, 2] = 1e-2
@@ -180,9 +179,25 @@ def test_slopes_and_losses_are_those_of_the_definition(
     assert float(found[1, 0]) == pytest.approx(wanted[names[3]], abs=1e-4)
     assert float(found[1, 1]) == pytest.approx(wanted[names[0]], abs=1e-4)
     assert abs(float(found[0, 0] - found[1, 1])) > 1e-2, "of its own examples"
+    assert float(fewer[1, 1]) == pytest.approx(float(found[0, 0]), abs=1e-4)
     assert float(losses[1]) == pytest.approx(wanted["uniform"], abs=1e-4)
     slope = float(moved[0] - moved[1]) / 2e-2
     assert float(slopes[1, 3, 1, 2]) == pytest.approx(slope, rel=0.05, abs=1e-3)
+
+
+def test_of_very_many_those_are_tried_that_the_slope_prefers(
+    known: tuple[PreTrainedModel, Inventory],
+) -> None:
+    """The right one stands last among sixty of noise."""
+    model, inventory = known
+    generator = torch.Generator().manual_seed(9)
+    shape = inventory.tasks["q"].values.shape
+    noise = [8 * torch.randn(shape, generator=generator) for _ in range(60)]
+    many = {f"n{i}": Routing.checked(one, inventory.layout) for i, one in enumerate(noise)}
+    many["q"] = inventory.tasks["q"]
+    alone = Inventory(inventory.header, inventory.a, inventory.b, many)
+    new = task("new", always_q, 11, steps=1, warm_start=True, **QUICK)
+    assert fit(model, alone, byte_tokenizer(), [new])[0].began_from[0] == "q"
 
 
 def test_logits_fold_back_to_the_weights() -> None:
@@ -209,7 +224,7 @@ def test_coefficients_are_passed_over(known: tuple[PreTrainedModel, Inventory]) 
     given = {"q": Routing.checked(weights, inventory.layout, "coefficients")}
     alone = Inventory(inventory.header, inventory.a, inventory.b, given)
     new = task("new", always_q, 11, steps=1, warm_start=True, **QUICK)
-    assert fit(model, alone, byte_tokenizer(), [new])[0].began_from is None
+    assert fit(model, alone, byte_tokenizer(), [new])[0].began_from == ()
 
 
 def test_an_interrupted_warm_fit_ends_as_if_it_had_not_been(
@@ -230,7 +245,8 @@ def test_an_interrupted_warm_fit_ends_as_if_it_had_not_been(
         with pytest.raises(FitInterrupted):
             fit_it(pause=pause, state_file=path)
         (again,) = fit_it(state_file=path)
-        assert again.began_from == whole[0].began_from == "q"
+        assert again.began_from == whole[0].began_from
+        assert again.began_from[0] == "q"
         assert torch.equal(logits(again.routing), logits(whole[0].routing))
 
 

@@ -63,7 +63,7 @@ def test_a_warm_start_tells_whose_routing_it_began_from(tmp_path: Path) -> None:
         began.append(json.loads(done.stdout)[0]["began_from"])
         inventory.tasks["known"] = Routing.from_safetensors(out.read_bytes(), inventory.layout)
         inventory.save(tmp_path / "inventory")
-    assert began == [None, "known"]
+    assert began == [[], ["known"]]
 
 
 def test_every_task_of_a_file_is_fitted_and_registered(folders: list[str], tmp_path: Path) -> None:
