@@ -36,15 +36,23 @@ class Pace:
         Tasks take turns, so a newcomer waits for its own task's requests and as much of each other
         task's, not for all that a crowd has put in line.
         """
+        return self._wait_of(request.task, request.priority, self._work(request))
+
+    def least_wait_of(self, task: str, priority: int, answer: int) -> float:
+        """The same for a request of which only that is known: whose it is, how urgent, and that it
+        may take `answer` tokens."""
+        return self._wait_of(task, priority, 1 + answer * self._used)
+
+    def _wait_of(self, own_task: str, own_priority: int, work: float) -> float:
         if self._rate is None or len(self._waiting) < self._free_seats:
             return 0.0
         before: dict[str, float] = defaultdict(float)
         for priority, task, tokens in self._waiting.values():
-            if priority <= request.priority:
+            if priority <= own_priority:
                 before[task] += tokens
         if not before:
             return 0.0
-        own = before[request.task] + self._work(request)
+        own = before[own_task] + work
         return sum(min(tokens, own) for tokens in before.values()) / self._rate
 
     def joins(self, request: Request) -> None:

@@ -40,6 +40,7 @@ async def generate(
 ) -> Response:
     """Continue a prompt with one task's adapter, as one answer or as server-sent events."""
     admission = service.admission
+    service.engine.check(body.task or "", body.priority, body.n * (body.max_tokens or 1))
     admitted = await service.room.run(admission.generate, body, request_id(request))
     ask = service.bridge.ask(service.engine, admitted)
     if body.stream:

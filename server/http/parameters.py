@@ -20,7 +20,7 @@ async def _known_form(task_id: str) -> str:
     return task_id
 
 
-def _if_match(if_match: Annotated[str | None, Header()] = None) -> str | None:
+async def _if_match(if_match: Annotated[str | None, Header()] = None) -> str | None:
     """The generation that the task must be at; None where any will do."""
     if if_match is None or if_match.strip() == "*":
         return None

@@ -24,6 +24,7 @@ async def score(
     service: Annotated[Service, Depends(the_service)],
 ) -> Response:
     """Log-likelihood of each choice after the prompt, and the best by the mean per token."""
+    service.engine.check(body.task or "", body.priority, len(body.choices))
     admitted = await service.room.run(service.admission.score, body, request_id(request))
 
     async def outputs() -> list[Output]:

@@ -56,8 +56,8 @@ class Service:
         return None
 
 
-def the_service(request: Request) -> Service:
-    """A dependency: the app's one `Service`."""
+async def the_service(request: Request) -> Service:
+    """A dependency: the app's one `Service`. Plain functions would be called in a thread."""
     service: Service = request.app.state.service
     return service
 

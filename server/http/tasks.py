@@ -45,7 +45,7 @@ MAX_PAGE = 1000
 Registered = Annotated[Registration, Depends(registration)]
 
 
-def _filter(metadata: Annotated[list[str], Query()] = []) -> dict[str, str]:  # noqa: B006
+async def _filter(metadata: Annotated[list[str], Query()] = []) -> dict[str, str]:  # noqa: B006
     """`metadata=key:value`, any number of times; all of them must hold."""
     pairs = {}
     for place, text in enumerate(metadata):

@@ -94,8 +94,13 @@ def test_a_full_line_says_when_to_come_back(model_folder: Path, tmp_path: Path) 
         refused = own.client.post("/generate", json={**LONG, "stream": True})
         assert (refused.status_code, refused.json()["code"]) == (503, "engine_full")
         assert int(refused.headers["retry-after"]) >= 1
+        unknown = {"task": "nobody", "prompt": "hi"}  # is not even looked up
+        assert own.client.post("/generate", json=unknown).status_code == 503
+        named = {"model": "nobody", "messages": [{"role": "user", "content": "hi"}]}
+        assert own.client.post("/v1/chat/completions", json=named).status_code == 503
         assert own.client.get("/health/ready").status_code == 200
         assert [f.result().status_code for f in (first, second)] == [200, 200]
+        assert own.client.post("/generate", json=unknown).status_code == 404
 
 
 def test_a_failed_step_costs_its_own_requests_only(own: LiveServer) -> None:

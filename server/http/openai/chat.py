@@ -23,6 +23,7 @@ async def chat(
     request: Request, body: Annotated[ChatBody, Depends(json_body(ChatBody))], service: TheService
 ) -> Response:
     """Answer a conversation, in the backbone's chat template, with the task named as `model`."""
+    service.engine.check(body.model, 0, body.n * (body.max_tokens or 1))
     admitted = await service.room.run(
         admit,
         service.admission,

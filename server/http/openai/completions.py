@@ -30,6 +30,7 @@ async def complete(
     service: TheService,
 ) -> Response:
     """Continue one or several prompts, seen exactly so, with the task named as `model`."""
+    service.engine.check(body.model, 0, body.n * (body.max_tokens or 1))
     admitted = await service.room.run(_admit, service, body, request_id(request))
     writer = CompletionWriter(admitted, body, service)
     asked = [_asked(request, body) for request in admitted]

@@ -198,9 +198,12 @@ def test_a_full_line_refuses_and_says_when_to_come_again(
     with pytest.raises(EngineFull) as caught:
         engine.submit(ask("x"))
     assert caught.value.retry_after > 0
+    with pytest.raises(EngineFull):
+        engine.check("x")
     engine.start()
     for request in requests:
         collector.wait(request)
+    engine.check("x")
     engine.submit(ask("x"))
 
 

@@ -47,6 +47,14 @@ def test_a_newcomer_waits_for_a_turn_of_each_other_task_only() -> None:
     assert many.wait_of(asked("new")) == pytest.approx(20.0)
 
 
+def test_before_a_prompt_is_read_no_more_is_expected_than_for_the_shortest() -> None:
+    crowd = busy({"a": 500, "b": 1})
+    assert crowd.least_wait_of("a", 0, 90) == pytest.approx(50.1)
+    assert crowd.least_wait_of("new", 0, 90) == pytest.approx(0.182)
+    assert crowd.least_wait_of("new", 0, 90) <= crowd.wait_of(asked("new"))
+    assert crowd.least_wait_of("a", -1, 90) == 0.0
+
+
 def test_the_less_urgent_are_not_waited_for() -> None:
     pace = busy({"a": 50})
     assert pace.wait_of(asked("a", priority=-1)) == 0.0
