@@ -46,8 +46,9 @@ class _Step:
     def __init__(self, groups: Sequence[ops.SkillGroup]) -> None:
         self._slots = _slots(groups)
         self._device = groups[0].a.device
-        self._x = [g.a.new_ones(MANY, g.heads * g.a.shape[1]) for g in groups]
-        self._y = [[b.new_zeros(MANY, g.heads * b.shape[2]) for b in g.b] for g in groups]
+        # As wide as the heads at hand, which are a part where layers are cut over processes.
+        self._x = [g.a.new_ones(MANY, g.a.shape[0] * g.a.shape[1]) for g in groups]
+        self._y = [[b.new_zeros(MANY, b.shape[0] * b.shape[2]) for b in g.b] for g in groups]
         shape = sum(g.size for g in groups), groups[0].heads, groups[0].skills
         weights = torch.full(shape, 1 / groups[0].skills)
         self._tasks = [RoutedTask(str(i), weights) for i in range(MANY)]

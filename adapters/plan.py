@@ -31,10 +31,12 @@ class PreparedAdapter:
     factors: Sequence[ops.Factors | None]  # by group
     table: FactorTable | None = None  # of the factors, where kernels read them
     hold: object = None  # goes with this object: what the memory is accounted by
+    whole: PrivateAdapter | None = None  # where other processes need their parts of it, too
 
     @property
     def nbytes(self) -> int:
-        return nbytes_of(self.factors, self.table)
+        own = nbytes_of(self.factors, self.table)
+        return own if self.whole is None else own + self.whole.nbytes
 
 
 def nbytes_of(factors: Sequence[ops.Factors | None], table: FactorTable | None) -> int:

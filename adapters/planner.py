@@ -55,11 +55,11 @@ class Planner:
         self._device = device
         self.costs = costs or FormCosts()
         first = slots[0].group
-        whole = all(slot.group.parts.is_whole for slot in slots)
+        self._cut = not all(slot.group.parts.is_whole for slot in slots)
         # The kernels take as many heads of A as of B.
         groups = [slot.group for slot in slots]
         chosen = kernels or kernels_for(first.a.dtype, first.a.device, groups)
-        self._kernels = chosen if whole else None
+        self._kernels = None if self._cut else chosen
         board = WeightBoard if self._kernels is None else PlainBoard
         self._board = board(first.heads, first.rank, slots[-1].columns.stop, self._order, device)
         self._factors: OrderedDict[str, Sequence[ops.Factors | None]] = OrderedDict()
@@ -124,7 +124,8 @@ class Planner:
     def prepare(self, adapter: PrivateAdapter) -> PreparedAdapter:
         """Lay an adapter out for the layers, so that no step has to."""
         factors = self._build_factors(adapter)
-        return PreparedAdapter(adapter.fingerprint, factors, self._table(factors))
+        whole = adapter if self._cut else None
+        return PreparedAdapter(adapter.fingerprint, factors, self._table(factors), whole=whole)
 
     def _table_of(self, key: str, adapter: Adapter) -> FactorTable:
         prepared = adapter.table if isinstance(adapter, PreparedAdapter) else None

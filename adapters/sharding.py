@@ -100,6 +100,11 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> int:
     return len(cuts)
 
 
+def check_heads(heads: int, ranks: Ranks) -> None:
+    """Raises `InjectionError` where an inventory's heads cannot be split over the processes."""
+    _check_divides(heads, ranks, "heads", "the inventory's heads")
+
+
 def ranks_of(model: nn.Module) -> Ranks:
     """Who holds parts of this model; one process alone where it was not cut."""
     parts = (module for module in model.modules() if isinstance(module, ShardedLinear))
@@ -151,7 +156,7 @@ class HeadParts:
         """Raises `InjectionError` where the heads cannot be split over the processes."""
         if not isinstance(layer, ShardedLinear):
             return cls()
-        _check_divides(heads, layer.ranks, "heads", "the inventory's heads")
+        check_heads(heads, layer.ranks)
         own = layer.ranks.own(heads)
         return cls(b=own) if layer.cut == "colwise" else cls(a=own)
 

@@ -82,6 +82,12 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, description="Compute threads; None leaves torch's choice"
     )
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Processes that the backbone's layers are cut over, on one machine; with GPUs "
+        "each takes one of its own. Attention heads and the inventory's heads must divide by it",
+    )
     pack_weights: bool = Field(
         True,
         description="On a CPU in bfloat16: keep a copy of the backbone's weights in the order "

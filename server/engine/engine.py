@@ -119,22 +119,36 @@ class Engine:
                 f"holds {space.longest} in a row and {space.budget} in all"
             )
         with self._wake:
-            if self._death is not None:
-                raise EngineDead("the engine has stopped after an error") from self._death
-            if self._draining or self._stopping:
-                raise EngineDraining("the server is shutting down")
-            waiting = len(self._inbox) + self._stats.waiting
-            if waiting >= self._max_waiting:
-                raise EngineFull(f"{waiting} requests are waiting", retry_after=1.0)
-            wait = self._pace.wait_of(request)
-            if wait > self._max_wait:
-                raise EngineFull(
-                    f"the request would wait for about {wait:.0f} s, over {self._max_wait:g} s",
-                    retry_after=wait - self._max_wait,
-                )
+            self._check_open()
+            self._check_wait(self._pace.wait_of(request))
             self._pace.joins(request)
             self._inbox.append(request)
             self._wake.notify()
+
+    def check(self, task: str, priority: int = 0, answer: int = 1) -> None:
+        """Raise what `submit` would of any request of a task that may take `answer` tokens.
+
+        Takes microseconds, so that under overload nothing is read or tokenised in vain.
+        """
+        with self._wake:
+            self._check_open()
+            self._check_wait(self._pace.least_wait_of(task, priority, answer))
+
+    def _check_open(self) -> None:
+        if self._death is not None:
+            raise EngineDead("the engine has stopped after an error") from self._death
+        if self._draining or self._stopping:
+            raise EngineDraining("the server is shutting down")
+        waiting = len(self._inbox) + self._stats.waiting
+        if waiting >= self._max_waiting:
+            raise EngineFull(f"{waiting} requests are waiting", retry_after=1.0)
+
+    def _check_wait(self, wait: float) -> None:
+        if wait > self._max_wait:
+            raise EngineFull(
+                f"the request would wait for about {wait:.0f} s, over {self._max_wait:g} s",
+                retry_after=wait - self._max_wait,
+            )
 
     def abort(self, request_id: str) -> None:
         """End a request; its last event has the finish reason "abort". Unknown ids are ignored."""
@@ -213,6 +227,8 @@ class Engine:
         self._note_starts(batch, scheduled)
         try:
             sampled = self._runner.run(batch)
+        except EngineDead:
+            raise
         except Exception as exc:
             logger.exception("a step of %d rows has failed", len(batch.rows))
             self._fail(batch, exc)

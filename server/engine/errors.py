@@ -4,6 +4,7 @@ EngineError
 ├── EngineFull      the waiting line is full: try again later
 ├── EngineDraining  the engine is shutting down and takes nothing new
 ├── EngineDead      the engine's thread ended; nothing will ever be answered
+│   └── WorkerLost  a process that holds a part of the backbone has ended
 ├── BackboneError   the backbone's folder cannot be loaded
 └── RequestTooLarge the request can never fit into the key-value cache
 """
@@ -27,6 +28,10 @@ class EngineDraining(EngineError):
 
 class EngineDead(EngineError):
     """The engine's thread has ended."""
+
+
+class WorkerLost(EngineDead):
+    """A process that holds a part of the backbone has ended, or is out of step with the others."""
 
 
 class BackboneError(EngineError):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from polyhead.adapters.inject import Injection, inject
@@ -13,23 +12,18 @@ from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.measuring import measure_costs
 from polyhead.server.config import Settings
 from polyhead.server.engine.attention import UnsupportedAttention
-from polyhead.server.engine.backbone import (
-    decoder_start,
-    end_tokens,
-    find_backbone,
-    load_backbone,
-    pick_device,
-    pick_dtype,
-)
+from polyhead.server.engine.backbone import decoder_start, end_tokens, find_backbone
 from polyhead.server.engine.engine import Engine, Publish, Watch
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
-from polyhead.server.engine.packed_linears import pack_linears
+from polyhead.server.engine.parts import PartOptions, join, load_part
 from polyhead.server.engine.prefix_cache import PrefixCache
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
+from polyhead.server.engine.shared_runners import LeadingRunner
 from polyhead.server.engine.source_cache import SourceCache
 from polyhead.server.engine.source_runner import SourceRunner
+from polyhead.server.engine.team import Team
 from polyhead.server.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -53,6 +47,12 @@ class Loaded:
     injection: Injection
     backbone: BackboneRef
     max_context: int
+    team: Team | None = None  # the processes with the other parts, where there are any
+
+    def close(self) -> None:
+        """End the other processes."""
+        if self.team is not None:
+            self.team.close()
 
     def engine(
         self,
@@ -62,13 +62,15 @@ class Loaded:
     ) -> Engine:
         """A new engine over this backbone; start it, and use one at a time."""
         settings = self.settings
+        if self.team is not None and on_death is not None:
+            self.team.on_loss = on_death
         device = next(self.model.parameters()).device.type
         step_tokens = settings.max_step_tokens or STEP_TOKENS.get(device, STEP_TOKENS["cuda"])
         config = SchedulerConfig(settings.max_running, max(step_tokens, settings.max_running))
         kept = settings.prefix_cache_tokens
         encodes = self.model.config.is_encoder_decoder
         space = KVSpace(settings.kv_cache_tokens, self.max_context, parking=kept > 0 or encodes)
-        runner = (SourceRunner if encodes else Runner)(self.model, self.injection, space.capacities)
+        runner = self._runner(space)
         reuse = SourceCache(space, kept) if encodes else PrefixCache(space, kept)
         try:
             runner.probe()
@@ -85,29 +87,51 @@ class Loaded:
             watch=watch,
         )
 
+    def _runner(self, space: KVSpace) -> Runner:
+        if self.team is not None:
+            return LeadingRunner(self.model, self.injection, space.capacities, self.team)
+        kind = SourceRunner if self.model.config.is_encoder_decoder else Runner
+        return kind(self.model, self.injection, space.capacities)
+
 
 def load(settings: Settings) -> Loaded:
-    """Read backbone, tokenizer and inventory.
+    """Read backbone, tokenizer and inventory; with `tensor_parallel`, on several processes.
 
-    Raises `BackboneError`, `InventoryError` or `InjectionError`, each naming file or module.
+    Raises `BackboneError`, `InventoryError`, `InjectionError` or `WorkerLost`, each naming file,
+    module or process.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    device = pick_device(settings.device)
+    team = Team(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
+    try:
+        return _load(settings, team)
+    except BaseException:
+        if team is not None:
+            team.close()
+        raise
+
+
+def _load(settings: Settings, team: Team | None) -> Loaded:
     folder = find_backbone(settings.backbone)
-    model = load_backbone(folder, pick_dtype(settings.dtype, device), device)
-    if settings.pack_weights:
-        pack_linears(model)
-    reference = BackboneRef.of(model, Path(settings.backbone).name)
-    inventory = Inventory.load(settings.inventory)
-    inventory.check_backbone(reference)
-    injection = inject(model, inventory)
+    options = PartOptions.of(settings, folder)
+    part = load_part(options, None if team is None else team.ranks)
+    if team is not None:
+        team.tell({"rendezvous": team.rendezvous, **vars(options)})
+        join(team.ranks, team.rendezvous, part.device)
+    injection = inject(part.model, part.inventory)
     injection.planner.costs = measure_costs([slot.group for slot in injection.slots])
     logger.info("seconds per form: %s", injection.planner.costs)
-    tokenizer = Tokenizer.load(folder, end_tokens(model), decoder_start(model))
-    context = _context(model, settings)
-    logger.info("backbone %s on %s as %s", reference.name, device, model.dtype)
-    return Loaded(settings, folder, model, tokenizer, inventory, injection, reference, context)
+    tokenizer = Tokenizer.load(folder, end_tokens(part.model), decoder_start(part.model))
+    logger.info("backbone %s on %s as %s", part.backbone.name, part.device, part.model.dtype)
+    return Loaded(
+        settings,
+        folder,
+        part.model,
+        tokenizer,
+        part.inventory,
+        injection,
+        part.backbone,
+        _context(part.model, settings),
+        team,
+    )
 
 
 def _context(model: PreTrainedModel, settings: Settings) -> int:

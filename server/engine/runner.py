@@ -112,6 +112,12 @@ class Runner:
     def _encode(self, sources: Ordered[SourceRow]) -> None:
         """Nothing, where a prompt goes through the same layers as its answer."""
 
+    @torch.inference_mode()
+    def compute(self, packed: Packed) -> None:
+        """The forward pass alone, of rows that are in order already, for its part in other
+        processes' sums."""
+        self._forward(packed)
+
     def _arrange(self, rows: Ordered[Row]) -> list[Row]:
         """Rows in the order of their cache rows, or, where adapters are on, in theirs."""
         ordered = sorted(rows, key=lambda row: (row.place.arena, row.place.row))

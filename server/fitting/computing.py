@@ -22,8 +22,8 @@ from polyhead.adapters.training.fewshot import (
 )
 from polyhead.server.engine.backbone import load_backbone
 from polyhead.server.fitting.gate import Gate
-from polyhead.server.fitting.wire import Wire
 from polyhead.server.fitting.worker import Control
+from polyhead.server.wire import Wire
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyhead.server.fitting.wire import Wire, WireClosed
+from polyhead.server.wire import Wire, WireClosed
 
 # -P: a folder that the server happens to be started in must not be imported from.
 COMMAND = (sys.executable, "-P", "-m", "polyhead.server.fitting.worker")

@@ -21,7 +21,7 @@ import threading
 from typing import Any
 
 from polyhead.server.fitting.gate import Gate, yield_everything
-from polyhead.server.fitting.wire import Wire, WireClosed
+from polyhead.server.wire import Wire, WireClosed
 
 Command = dict[str, Any]
 

@@ -122,6 +122,7 @@ def run(settings: Settings) -> int:
         return 0 if server.started and not server.engine_died else 1
     finally:
         registry.close()
+        loaded.close()
 
 
 def _refusal(settings: Settings) -> str | None:

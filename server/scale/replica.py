@@ -31,7 +31,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         own = given.data_dir / self._name
         mine = given.model_copy(update={"data_dir": own})
-        loaded = load(mine)
+        self._loaded = loaded = load(mine)
         inventory = loaded.inventory
         self._registry = Registry(own, inventory.fingerprint, inventory.layout, Options.of(mine))
         self._registry.seed(inventory)
@@ -74,3 +74,4 @@ class Replica:
         """Serve calls this when the last call has been answered, or its time is up."""
         await self._running.aclose()
         self._registry.close()
+        self._loaded.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from polyhead.server.fitting.wire import Wire, WireClosed
+from polyhead.server.wire import Wire, WireClosed
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Messages between the server and its worker: JSON, with bytes beside it where there are any.
+"""Messages between the server and a process that it has started: JSON, and bytes beside it.
 
 Nothing else crosses: neither side unpickles what the other sent.
 """
