@@ -121,11 +121,11 @@ def _server(
         tempfile.TemporaryDirectory() as folder,
         serving(backbone, inventory, Path(folder), *flags) as served,
     ):
-        _register(served, models, tasks)
+        register(served, models, tasks)
         yield f"http://127.0.0.1:{served.port}"
 
 
-def _register(served: Served, models: str, tasks: int) -> None:
+def register(served: Served, models: str, tasks: int) -> None:
     """Random routings, one for all modules, which is all that the engine's work depends on."""
     facts = served.get("/inventory")
     draw = np.random.default_rng(0)

@@ -29,7 +29,8 @@ REST_SECONDS = 90.0
 FLAGS = (
     *("--threads", "1", "--log-level", "warning"),
     *("--stream-stall-seconds", str(STALL_SECONDS), "--fit-idle-seconds", "5"),
-    *("--prefix-cache-tokens", "4096", "--kv-cache-tokens", "8192"),
+    # Caches so small that they are full after the warm-up: they grow by demand, up to this.
+    *("--prefix-cache-tokens", "1024", "--kv-cache-tokens", "4096", "--max-running", "16"),
 )
 GAUGES = ("num_requests_running", "num_requests_waiting", "private_adapters_pinned")
 

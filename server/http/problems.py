@@ -72,6 +72,7 @@ KINDS: Mapping[type[Exception], Kind] = {
     engine.EngineFull: Kind(503, "engine_full", "The waiting line is full"),
     engine.EngineDraining: Kind(503, "engine_draining", "The server is shutting down"),
     engine.EngineDead: Kind(503, "engine_dead", "The engine has stopped"),
+    engine.WorkerLost: Kind(503, "engine_dead", "The engine has stopped"),
     engine.RequestTooLarge: Kind(422, "request_too_large", "The request can never fit"),
     tasks.RegistryError: INTERNAL,
     tasks.UnknownTask: UNKNOWN,
