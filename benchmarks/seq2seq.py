@@ -9,7 +9,8 @@ has the shape of T5-small or T5-base; its weights are random, which no timing de
 
 import copy
 import functools
-from typing import Annotated, Any
+import time
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -38,6 +39,7 @@ from polyhead.server.engine.request import Request, SamplingParams
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
 from polyhead.server.engine.source_cache import SourceCache
 from polyhead.server.engine.source_runner import SourceRunner
+from polyhead.server.engine.step_record import StepRecord
 from polyhead.server.engine.tokenizer import Tokenizer
 
 TARGETS = ["q", "k", "v", "o", "wi", "wo"]
@@ -48,6 +50,7 @@ SHAPES = {
     "base": {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
 }
 START = 0
+LONG = 2048
 
 
 def random_t5(shape: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -72,11 +75,19 @@ def poly(model: PreTrainedModel, dtype: torch.dtype) -> Any:
 
 
 class SourceSide(Driven):
-    """Polyhead's engine over a T5. routed=False leaves it bare."""
+    """Polyhead's engine over a T5. routed=False leaves it bare, whole encodes every source in one
+    step, however long."""
 
     def __init__(
-        self, bare: PreTrainedModel, *, routed: bool, seats: int, step_tokens: int
+        self,
+        bare: PreTrainedModel,
+        *,
+        routed: bool,
+        seats: int,
+        step_tokens: int,
+        whole: bool = False,
     ) -> None:
+        self.steps: list[float] = []  # their CPU seconds
         model = copy.deepcopy(bare)
         pack_linears(model)
         injection = None
@@ -89,9 +100,18 @@ class SourceSide(Driven):
         super().__init__(injection)
         space = KVSpace(65536, 2048, parking=True)
         config = SchedulerConfig(seats, max(seats, step_tokens))
-        scheduler = Scheduler(config, space, SourceCache(space, 0))
+        depth = 1 if whole else len(cast(Any, model).encoder.block)
+        sources = SourceCache(space, 0, step_tokens=config.max_step_tokens, depth=depth)
         runner = SourceRunner(model, injection, space.capacities)
-        self.start(Engine(runner, scheduler, _tokenizer(), self.receive))
+        scheduler = Scheduler(config, space, sources)
+        self.start(Engine(runner, scheduler, _tokenizer(), self.receive, watch=self._stepped))
+        self._spent = time.process_time()
+
+    def _stepped(self, record: StepRecord) -> None:
+        del record
+        spent = time.process_time()
+        self.steps.append(spent - self._spent)
+        self._spent = spent
 
     def request(self, name: str, item: Work, task: RoutedTask | None) -> Request:
         params = SamplingParams(max_tokens=item.new_tokens, ignore_eos=True)
@@ -143,6 +163,26 @@ def main(
     _print_goals(console, rates)
     for side in sides.values():
         side.engine.stop()
+    _print_stalls(console, model, rounds, seats)
+
+
+def _print_stalls(console: Console, model: PreTrainedModel, rounds: int, seats: int) -> None:
+    """What a long source does to those who decode beside it, at the server's own step size."""
+    short = make_work(16, TASKS, vocabulary=VOCABULARY)
+    (long,) = make_work(1, 1, vocabulary=VOCABULARY, prompt=(LONG, LONG), new_tokens=(8, 8))
+    rows = []
+    for name, whole in (("in one step", True), ("in portions of layers", False)):
+        side = SourceSide(model, routed=True, seats=seats, step_tokens=128, whole=whole)
+        side([*short[:2], long])
+        longest = []
+        for _ in range(rounds):
+            side.steps.clear()
+            side([*short, long])
+            longest.append(max(side.steps))
+        side.engine.stop()
+        rows.append((name, timing.spread(longest)))
+    columns = (f"source of {LONG} tokens", "longest step, CPU s")
+    timing.print_table(console, "Beside 16 short requests, 128 tokens a step", columns, rows)
 
 
 def _print_goals(console: Console, rates: dict[str, list[float]]) -> None:

@@ -233,7 +233,9 @@ def make_engine(
     """A real engine over a model, not started."""
     encodes = model.config.is_encoder_decoder
     space = KVSpace(kv_tokens, longest, parking=kept > 0 or encodes)
-    how = {} if key is None else {"key": key}
+    how: dict[str, Any] = {} if key is None else {"key": key}
+    if encodes:
+        how |= {"step_tokens": max_step_tokens, "depth": model.config.num_layers}
     return Engine(
         (SourceRunner if encodes else Runner)(model, injection, space.capacities),
         Scheduler(

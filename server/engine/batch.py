@@ -43,17 +43,29 @@ class Row:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """Encode a source, and leave the keys and values of cross attention at `place`."""
+    """Encode a source, or one of several portions of the encoder's layers, and after the last one
+    leave the keys and values of cross attention at `place`.
+
+    owner: the same object for all portions of a source; they come in consecutive steps.
+    """
 
     tokens: tuple[int, ...]
     adapter: "Adapter"
     place: Place
+    owner: object = None
+    portion: int = 0
+    portions: int = 1
+
+    @property
+    def cost(self) -> int:
+        """What this costs, in tokens that go through all layers."""
+        return -(-len(self.tokens) // self.portions)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows to compute, after the cache operations have been carried out in order and then the
-    sources, of which some of the rows may be, have been encoded."""
+    sources have been encoded, which some of the rows may answer already."""
 
     rows: Ordered[Row]
     operations: Ordered[KVOperation]
@@ -61,7 +73,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return sum(row.count for row in self.rows) + sum(len(s.tokens) for s in self.sources)
+        return sum(row.count for row in self.rows) + sum(s.cost for s in self.sources)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE_TOKENS = 2048
 """Longest source and answer where neither the backbone nor a setting says: T5's biases end nowhere,
-but a source is encoded in one step, which everybody else waits for."""
+but a source is encoded in at most as many steps as there are layers, however long it is."""
 STEP_TOKENS = {"cpu": 128, "cuda": 2048}
 """Tokens of a step by device: what takes a few tenths of a second on a CPU, tens of ms on a GPU."""
 
@@ -71,7 +71,7 @@ class Loaded:
         encodes = self.model.config.is_encoder_decoder
         space = KVSpace(settings.kv_cache_tokens, self.max_context, parking=kept > 0 or encodes)
         runner = self._runner(space)
-        reuse = SourceCache(space, kept) if encodes else PrefixCache(space, kept)
+        reuse = self._sources(space, config) if encodes else PrefixCache(space, kept)
         try:
             runner.probe()
         except UnsupportedAttention as exc:
@@ -92,6 +92,11 @@ class Loaded:
             return LeadingRunner(self.model, self.injection, space.capacities, self.team)
         kind = SourceRunner if self.model.config.is_encoder_decoder else Runner
         return kind(self.model, self.injection, space.capacities)
+
+    def _sources(self, space: KVSpace, config: SchedulerConfig) -> SourceCache:
+        step_tokens, depth = config.max_step_tokens, self.model.config.num_layers
+        kept = self.settings.prefix_cache_tokens
+        return SourceCache(space, kept, step_tokens=step_tokens, depth=depth)
 
 
 def load(settings: Settings) -> Loaded:

@@ -42,9 +42,19 @@ class Reuse(ABC):
             pass
 
     def ahead(self, sequence: Sequence) -> int:
-        """Tokens beside its own that have to be computed in a sequence's first step."""
+        """Tokens beside its own that have to be computed in the step that a sequence begins in."""
         del sequence
         return 0
+
+    def go_on(self) -> list[tuple[Request, int]]:
+        """Have what earlier steps have begun computed further in the next step. Answers on whose
+        behalf, and how many tokens that costs."""
+        return []
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether all that a sequence needs will be there when its own tokens are computed."""
+        del sequence
+        return True
 
     def beside(self, sequence: Sequence) -> Place | None:
         """The row of its source, where a sequence has one."""
@@ -52,7 +62,7 @@ class Reuse(ABC):
         return None
 
     def drain(self) -> list[SourceRow]:
-        """The sources to encode that came up since the last call."""
+        """The sources to encode in the next step."""
         return []
 
     @property

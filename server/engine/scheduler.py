@@ -34,7 +34,8 @@ class Scheduler:
 
     Decoding sequences always go first, one token each; what is left of the step's token budget
     goes to prompts, in chunks, least served task first. A source, which an encoder sees as a whole,
-    is no chunk: one that is longer than what is left waits for a step in which it is the first.
+    comes in portions of its layers; where one costs more than what is left, it waits for a step in
+    which it is the first.
     """
 
     def __init__(self, config: SchedulerConfig, space: KVSpace, reuse: Reuse | None = None) -> None:
@@ -82,16 +83,18 @@ class Scheduler:
         self._steps += 1
         if self._steps % FORGET_EVERY == 0:
             self.line.forget_idle(self._running_tasks())
+        encoded = 0
+        for request, tokens in self.reuse.go_on():
+            encoded += tokens
+            self.line.charge(request.task, tokens)
         rows = self._decode_rows()
-        budget = self.config.max_step_tokens - len(rows)
-        self._prefill_rows(rows, budget)
-        if not rows:
-            return None
+        self._prefill_rows(rows, encoded)
         placed = [
             Row(seq, seq.computed, n, self.space.place(seq), self.reuse.beside(seq))
             for seq, n in rows.items()
         ]
-        return Batch(placed, self.space.drain(), self.reuse.drain())
+        sources = self.reuse.drain()
+        return Batch(placed, self.space.drain(), sources) if rows or sources else None
 
     def preempt_all(self) -> None:
         """Forget every computed token; the sequences wait again and lose nothing else."""
@@ -105,6 +108,8 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: s.order):
             # A preemption for an earlier one may have taken this one's seat.
             if sequence.prefilling or sequence not in self.running:
+                continue
+            if not self.reuse.ready(sequence):
                 continue
             if self._make_room(sequence, rows):
                 rows[sequence] = 1
@@ -123,9 +128,10 @@ class Scheduler:
                 return False
         return True
 
-    def _prefill_rows(self, rows: dict[Sequence, int], budget: int) -> None:
-        pending = [s for s in self.running if s.prefilling]
-        may_swap, self._blocked, encoded = True, False, 0
+    def _prefill_rows(self, rows: dict[Sequence, int], encoded: int) -> None:
+        budget = self.config.max_step_tokens - len(rows) - encoded
+        pending = [s for s in self.running if s.prefilling and self.reuse.ready(s)]
+        may_swap, self._blocked = True, False
         while budget > 0:
             head = None if self._blocked else self.line.peek()
             candidates = pending if head is None else [*pending, head]
@@ -133,7 +139,7 @@ class Scheduler:
                 return
             sequence = min(candidates, key=self._urgency)
             ahead = self.reuse.ahead(sequence) if sequence is head else 0
-            if encoded and ahead > budget:
+            if encoded and ahead >= budget:
                 return
             if sequence is head and not self._seat(head):
                 victim = self._unfair_seat(head) if may_swap else None
@@ -147,8 +153,10 @@ class Scheduler:
             pending = [s for s in pending if s is not sequence]
             encoded += ahead
             budget -= ahead
-            count = min(max(budget, 1), sequence.remaining)
-            rows[sequence] = count
+            count = 0
+            if self.reuse.ready(sequence):
+                count = min(max(budget, 1), sequence.remaining)
+                rows[sequence] = count
             budget -= count
             self.line.charge(sequence.request.task, ahead + count)
 

@@ -24,24 +24,48 @@ class Source:
 
     key: Key
     request: Request  # the first that asked for it
+    portions: int  # in which it is encoded
+    handed: int = 0  # of those, to a step
     readers: set[Sequence] = field(default_factory=set)
+
+    @property
+    def cost(self) -> int:
+        """Tokens that a portion counts for."""
+        return -(-len(self.key[1]) // self.portions)
+
+    @property
+    def ready(self) -> bool:
+        return self.handed == self.portions
 
 
 class SourceCache(Reuse):
     """At most `max_tokens` of capacity for sources that nobody answers at the moment, least
-    recently used first to go."""
+    recently used first to go.
+
+    A source longer than `step_tokens` is encoded in several steps, each of which takes it through
+    some of the encoder's `depth` layers and leaves half of the step to others.
+    """
 
     def __init__(
-        self, space: KVSpace, max_tokens: int, key: Callable[[Request], str] = key_of
+        self,
+        space: KVSpace,
+        max_tokens: int,
+        key: Callable[[Request], str] = key_of,
+        *,
+        step_tokens: int = 128,
+        depth: int = 1,
     ) -> None:
         super().__init__(space)
         self._max_tokens = max_tokens
         self._key = key
+        self._step_tokens = step_tokens
+        self._depth = depth
         self._known: dict[Key, Source] = {}
         self._unread: OrderedDict[Source, None] = OrderedDict()
         self._unread_tokens = 0
         self._read_by: dict[Sequence, Source] = {}
-        self._to_encode: dict[Source, None] = {}
+        self._begun: dict[Source, None] = {}  # some portions of them, not all
+        self._to_encode: dict[Source, None] = {}  # in the next step
 
     def __len__(self) -> int:
         return len(self._known)
@@ -52,8 +76,20 @@ class SourceCache(Reuse):
         return self._space.used + self._space.parked - self._unread_tokens
 
     def ahead(self, sequence: Sequence) -> int:
-        """Tokens of its source, unless they are encoded or about to be."""
-        return 0 if self._key_of(sequence) in self._known else len(sequence.request.source)
+        """What the first portion of its source costs, unless that is known already."""
+        key = self._key_of(sequence)
+        return 0 if key in self._known else self._source(key, sequence).cost
+
+    def go_on(self) -> list[tuple[Request, int]]:
+        """Another portion of each source that has been begun."""
+        going = list(self._begun)
+        for source in going:
+            self._hand(source)
+        return [(source.request, source.cost) for source in going]
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether the last portion of its source has been, or is in the next step."""
+        return self._read_by[sequence].ready
 
     def take(self, sequence: Sequence) -> bool:
         """A row, and the encoded source beside it."""
@@ -93,9 +129,16 @@ class SourceCache(Reuse):
         return self._space.place(self._read_by[sequence])
 
     def drain(self) -> list[SourceRow]:
-        """The sources to encode that came up since the last call, where they lie now."""
+        """The sources to encode in the next step, where they lie now."""
         found = [
-            SourceRow(source.key[1], source.request.adapter, self._space.place(source))
+            SourceRow(
+                source.key[1],
+                source.request.adapter,
+                self._space.place(source),
+                source,
+                source.handed - 1,
+                source.portions,
+            )
             for source in self._to_encode
         ]
         self._to_encode.clear()
@@ -105,12 +148,24 @@ class SourceCache(Reuse):
         return self._key(sequence.request), sequence.request.source
 
     def _begin(self, sequence: Sequence) -> Source | None:
-        source = Source(self._key_of(sequence), sequence.request)
+        source = self._source(self._key_of(sequence), sequence)
         if not self._space.reserve_aside(source, len(sequence.request.source)):
             return None
         self._known[source.key] = source
-        self._to_encode[source] = None
+        self._begun[source] = None
+        self._hand(source)
         return source
+
+    def _source(self, key: Key, sequence: Sequence) -> Source:
+        halves = -(-len(key[1]) // max(1, self._step_tokens // 2))
+        portions = min(halves, self._depth) if len(key[1]) > self._step_tokens else 1
+        return Source(key, sequence.request, portions)
+
+    def _hand(self, source: Source) -> None:
+        source.handed += 1
+        self._to_encode[source] = None
+        if source.ready:
+            del self._begun[source]
 
     def _read(self, source: Source, sequence: Sequence) -> None:
         if source in self._unread:
@@ -125,12 +180,13 @@ class SourceCache(Reuse):
         if not source.readers:
             self._unread[source] = None
             self._unread_tokens += self._size(source)
-            if source in self._to_encode:
+            if source in self._to_encode or not source.ready:
                 self._forget(source)
 
     def _forget(self, source: Source) -> None:
         del self._unread[source], self._known[source.key]
         self._unread_tokens -= self._size(source)
+        self._begun.pop(source, None)
         self._to_encode.pop(source, None)
         self._space.release(source)
 

@@ -5,6 +5,7 @@ whole: cross attention's keys and values are made of it at once, under the plan 
 and go to the key-value store.
 """
 
+import time
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -14,11 +15,11 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from polyhead.adapters.encoder_decoder import check_family, cross_attentions
 from polyhead.adapters.inject import Injection
-from polyhead.server.engine.batch import Batch, Row, SourceRow
+from polyhead.server.engine.batch import Batch, Row, Sampled, SourceRow
 from polyhead.server.engine.kv_cache import KVShape, StepCache
 from polyhead.server.engine.kv_space import Place, Resize
 from polyhead.server.engine.request import Request
-from polyhead.server.engine.runner import Packed, Runner, cache_keyword
+from polyhead.server.engine.runner import Packed, Runner, RunReport, cache_keyword
 from polyhead.server.engine.sequence import Sequence
 from polyhead.server.engine.source_attention import (
     IMPLEMENTATION,
@@ -45,6 +46,11 @@ class SourceRunner(Runner):
         self._block_cache = cache_keyword(self._decoder.block[0])
         self._bias = torch.empty(self._shape.heads, 0, device=self.device)
 
+    def reset(self) -> None:
+        """Throw away the key-value store and sources that are encoded in part."""
+        super().reset()
+        self._halfway: dict[object, Tensor] = {}  # [1, L, D], by the source's owner
+
     def _shape_of(self, model: PreTrainedModel) -> KVShape:
         check_family(model)
         config: Any = model.config
@@ -61,18 +67,47 @@ class SourceRunner(Runner):
         self.run(Batch([row], opening, [SourceRow(request.source, None, source)]))
         self.reset()
 
+    def run(self, batch: Batch) -> list[Sampled]:
+        """One pass of each stack; without rows, the encoder's only."""
+        if batch.rows:
+            return super().run(batch)
+        began = time.monotonic()
+        self.carry_out(batch.operations)
+        self._encode(batch.sources)
+        self.report = RunReport(time.monotonic() - began)
+        return []
+
+    @torch.inference_mode()
     def _encode(self, sources: Ordered[SourceRow]) -> None:
-        if not sources:
-            return
-        ordered = self._by_adapter(sources)
-        counts = [len(source.tokens) for source in ordered]
+        going = {source.owner for source in sources}
+        self._halfway = {o: hidden for o, hidden in self._halfway.items() if o in going}
+        whole = [source for source in sources if source.portions == 1]
+        if whole:
+            self._encode_portion(self._by_adapter(whole))
+        for source in sources:
+            if source.portions > 1:
+                self._encode_portion([source])
+
+    def _encode_portion(self, sources: list[SourceRow]) -> None:
+        """The same layers for all: one portion of a source, or whole sources side by side."""
+        counts, part = [len(source.tokens) for source in sources], sources[0]
+        depth = len(self._encoder.block)
+        first, last = (depth * n // part.portions for n in (part.portion, part.portion + 1))
         step = EncoderStep(counts, self._biases(self._encoder))
-        packed = [token for source in ordered for token in source.tokens]
-        with self._planned([source.adapter for source in ordered], counts), use_step(step):
-            hidden = self._through(self._encoder, packed)
+        with self._planned([source.adapter for source in sources], counts), use_step(step):
+            if first:
+                hidden = self._halfway.pop(part.owner)
+            else:
+                tokens = [token for source in sources for token in source.tokens]
+                hidden = self._embedded(self._encoder, tokens)
+            hidden = self._through(self._encoder.block[first:last], hidden)
+            if last < depth:
+                self._halfway[part.owner] = hidden
+                return
+            hidden = self._encoder.final_layer_norm(hidden)
             for layer, attention in enumerate(self._cross):
                 keys, values = attention.k(hidden)[0], attention.v(hidden)[0]
-                self._keep(layer, ordered, keys.split(counts), values.split(counts))
+                self._keep(layer, sources, keys.split(counts), values.split(counts))
 
     def _by_adapter(self, sources: Ordered[SourceRow]) -> list[SourceRow]:
         if self._injection is None:
@@ -94,28 +129,34 @@ class SourceRunner(Runner):
     def _logits(self, packed: Packed) -> Tensor:
         longest = max(row.stop for row in packed.rows)
         step = DecoderStep(packed.rows, self.store, self._bias_of(longest))
+        hidden = self._embedded(self._decoder, packed.ids)
+        nothing = hidden.new_empty(0)
         with use_step(step):
-            hidden = self._through(self._decoder, packed.ids)
+            hidden = self._through(
+                self._decoder.block,
+                hidden,
+                encoder_hidden_states=nothing,
+                encoder_decoder_position_bias=nothing,
+                **{self._block_cache: self._step_cache(nothing)},
+            )
+        hidden = self._decoder.final_layer_norm(hidden)
         wanted = [entry.token for entry in packed.logits] or [0]
         logits: Tensor = self._head(hidden[0, wanted] * self._scale)
         return logits
 
-    def _through(self, stack: Any, ids: list[int]) -> Tensor:
-        """The hidden states `[1, N, D]` after a stack. Attention finds keys, sources and biases in
-        the active step; what stands for them here only tells the layers not to make any."""
-        hidden = stack.embed_tokens(torch.tensor([ids], device=self.device))
+    def _embedded(self, stack: Any, ids: list[int]) -> Tensor:
+        """`[1, N, D]`."""
+        found: Tensor = stack.embed_tokens(torch.tensor([ids], device=self.device))
+        return found
+
+    @staticmethod
+    def _through(blocks: Any, hidden: Tensor, **given: Any) -> Tensor:
+        """hidden `[1, N, D]` after some blocks. Attention finds keys, sources and biases in the
+        active step; what stands for them here only tells the layers not to make any."""
         nothing = hidden.new_empty(0)
-        decoding: dict[str, Any] = {}
-        if stack.is_decoder:
-            decoding = {
-                "encoder_hidden_states": nothing,
-                "encoder_decoder_position_bias": nothing,
-                self._block_cache: self._step_cache(nothing),
-            }
-        for block in stack.block:
-            hidden = block(hidden, position_bias=nothing, **decoding)[0]
-        normed: Tensor = stack.final_layer_norm(hidden)
-        return normed
+        for block in blocks:
+            hidden = block(hidden, position_bias=nothing, **given)[0]
+        return hidden
 
     def _step_cache(self, nothing: Tensor) -> EncoderDecoderCache:
         source = DynamicCache()

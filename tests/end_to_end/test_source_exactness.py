@@ -127,7 +127,7 @@ def test_mixed_batches_equal_merged_models_alone(stack: str, kv_tokens: int) -> 
 SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"kind": "relu", "tie_word_embeddings": True},
     "mt5": {"family": "mt5"},
-    "uneven": {"num_decoder_layers": 1, "d_kv": 12},
+    "uneven": {"num_layers": 4, "num_decoder_layers": 1, "d_kv": 12},  # encoded in 1 to 4 steps
     "three": {"num_heads": 3, "d_kv": 8, "relative_attention_max_distance": 20},
 }
 

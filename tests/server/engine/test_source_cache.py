@@ -25,28 +25,42 @@ class SourceWorld(World):
         budget: int = 10_000,
         longest: int = 512,
         kept: int = 0,
+        depth: int = 1,
     ) -> None:
         super().__init__(max_running, max_step_tokens, budget, longest, kept)
         self.space = KVSpace(budget, longest, parking=True)
-        self.cache = SourceCache(self.space, kept, key=lambda request: request.generation)
+        self.cache = SourceCache(
+            self.space,
+            kept,
+            key=lambda request: request.generation,
+            step_tokens=max_step_tokens,
+            depth=depth,
+        )
         self.scheduler = Scheduler(
             SchedulerConfig(max_running, max_step_tokens), self.space, self.cache
         )
         self.arenas = [[] for _ in self.space.capacities]
         self.encoded: list[tuple[int, ...]] = []
+        self.begun: dict[object, int] = {}  # portions that have been, of sources in the making
 
     def _check(self, batch: Batch, decoding: set[int]) -> None:
         del decoding
         limit = self.scheduler.config.max_step_tokens
-        lengths = [len(source.tokens) for source in batch.sources]
-        assert batch.tokens <= limit or len(lengths) == 1, "only a first source may be over"
-        assert batch.tokens - sum(lengths) <= limit
+        costs = [source.cost for source in batch.sources]
+        assert sum(costs) <= limit or len(costs) == 1, "only a first source may be over"
+        assert batch.tokens - sum(costs) <= limit
         assert self.space.used + self.space.parked <= self.space.budget
         assert self.cache.used <= self.space.used + self.space.parked
 
     def _carry_out(self, batch: Batch) -> None:
         super()._carry_out(batch)
+        going = {source.owner for source in batch.sources}
+        self.begun = {owner: n for owner, n in self.begun.items() if owner in going}
         for source in batch.sources:
+            assert source.portion == self.begun.pop(source.owner, 0), "portions in a row"
+            if source.portion + 1 < source.portions:
+                self.begun[source.owner] = source.portion + 1
+                continue
             row = self.arenas[source.place.arena][source.place.row]
             assert not any(row), "a row is clean when it changes hands"
             row[: len(source.tokens)] = source.tokens
@@ -105,7 +119,36 @@ def test_the_least_recently_used_goes_first_and_no_more_is_kept_than_allowed() -
     assert [name for name, tokens in world.cached.items() if tokens] == ["c", "e"]
 
 
-def test_a_source_longer_than_a_step_is_encoded_whole_while_others_decode() -> None:
+def test_a_source_longer_than_a_step_comes_in_portions_while_others_decode() -> None:
+    world = SourceWorld(max_step_tokens=16, depth=12)
+    world.submit(asked("a", words(1, 4), 30), asked("bb", words(2, 60), 5))
+    world.submit(asked("ccc", words(3, 3), 5))
+    batches = [world.step() for _ in range(9)]
+    portions = [[s.portion for s in b.sources if s.portions == 8] for b in batches if b]
+    assert portions == [[0], [1], [2], [3], [4], [5], [6], [7], []]
+    assert [len(b.rows) for b in batches if b] == [1, 2, 2, 2, 2, 2, 1, 2, 2]
+    assert all(b is not None and b.tokens <= 16 for b in batches)
+    assert world.tokens["ccc", 0] == right(asked("ccc", words(3, 3), 5))
+    world.abort("bb")
+    world.submit(asked("dddd", words(4, 60), 5))
+    for _ in range(3):
+        world.step()
+    world.abort("dddd")
+    world.run()
+    assert world.cache.used == len(world.cache) == 0
+
+
+def test_nothing_but_a_portion_is_a_step_too() -> None:
+    world, request = SourceWorld(max_step_tokens=16, depth=3), asked("a", words(1, 100), 2)
+    world.submit(request)
+    batches = [world.step() for _ in range(3)]
+    assert [len(b.rows) for b in batches if b] == [0, 0, 1]
+    assert [b.tokens for b in batches if b] == [34, 34, 35]  # as many portions as layers
+    world.run()
+    assert world.tokens["a", 0] == right(request)
+
+
+def test_what_cannot_be_cut_is_encoded_whole() -> None:
     world = SourceWorld(max_step_tokens=16)
     world.submit(asked("a", words(1, 4), 30), asked("bb", words(2, 100), 5))
     world.submit(asked("ccc", words(3, 100), 5))
@@ -132,7 +175,12 @@ def test_random_work_in_little_room(seed: int) -> None:
     draw = random.Random(seed)
     kept = draw.choice([0, 300, 2000])
     world = SourceWorld(
-        max_running=draw.choice([2, 5]), max_step_tokens=24, budget=1200, longest=512, kept=kept
+        max_running=draw.choice([2, 5]),
+        max_step_tokens=24,
+        budget=1200,
+        longest=512,
+        kept=kept,
+        depth=draw.choice([1, 4, 40]),
     )
     requests, aborted = [], set()
     for number in range(30):
