@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
 from polyhead.server.engine.kv_space import Clear, Copy, KVOperation, Resize
+from polyhead.server.heap import Trimming
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class KVStore:
         ]
         self.keys = [list(empty) for _ in range(shape.layers)]
         self.values = [list(empty) for _ in range(shape.layers)]
+        self.trimming = Trimming()  # what a resize lets go of is as large as it is scattered
 
     @property
     def nbytes(self) -> int:
@@ -68,6 +70,7 @@ class KVStore:
     def carry_out(self, operations: Ordered[KVOperation]) -> None:
         """Resize arenas, copy and clear rows, in the order given."""
         for operation in operations:
+            freed = self._arena_bytes(operation) if isinstance(operation, Resize) else 0
             for side in (self.keys, self.values):
                 for layer in side:
                     if isinstance(operation, Resize):
@@ -77,6 +80,12 @@ class KVStore:
                         layer[place.arena][place.row, :, operation.start :] = 0
                     else:
                         _copy(layer, operation)
+            if freed and self.device.type == "cpu":
+                self.trimming.freed(freed)
+
+    def _arena_bytes(self, operation: Resize) -> int:
+        layers = (layer for side in (self.keys, self.values) for layer in side)
+        return sum(layer[operation.arena].nbytes for layer in layers)
 
 
 def _resize(layer: list[Tensor], operation: Resize) -> None:

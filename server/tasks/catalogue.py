@@ -10,16 +10,13 @@ from functools import cached_property
 from polyhead.adapters.plan import Adapter, RoutedTask
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.server.engine.request import BASE_TASK
-from polyhead.server.tasks.heap import trim_heap
+from polyhead.server.heap import TRIM_AFTER_BYTES, trim_heap
 from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.slots import Slots
 from polyhead.server.tasks.task import Task
 
 ROW_BYTES = 4096
 """Charged for every task beside its numbers and texts: its objects, keys and bookkeeping."""
-
-TRIM_AFTER_BYTES = 64 << 20
-"""How much is loaded between two returns of freed memory, which take about 10 ms each."""
 
 
 @dataclass(frozen=True)

@@ -165,3 +165,13 @@ def test_a_released_owner_may_come_back() -> None:
     space.release("a")
     assert space.reserve("a", 10)
     assert space.place("a").arena == 0
+
+
+def test_the_store_tells_what_a_resize_frees() -> None:
+    store = KVStore(KVShape(2, 1, 4), [8], torch.float32, torch.device("cpu"))
+    store.carry_out([Resize(0, 4)])
+    assert store.trimming.untrimmed == 0
+    before = store.nbytes
+    store.carry_out([Resize(0, 1)])
+    assert before > store.nbytes
+    assert store.trimming.untrimmed == before

@@ -9,7 +9,7 @@ import pytest
 MEASURE = """
 import torch
 from pathlib import Path
-from polyhead.server.tasks.heap import trim_heap
+from polyhead.server.heap import TRIM_AFTER_BYTES, Trimming
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -20,8 +20,10 @@ blocks = [torch.zeros(12_500) for _ in range(2000)]  # 50 kB each
 whole = resident() - before
 kept = blocks[::2]
 del blocks
+trimming = Trimming()
+trimming.freed(TRIM_AFTER_BYTES - 1)  # not enough for it to be worth while
 freed = resident() - before
-trim_heap()
+trimming.freed(1)
 trimmed = resident() - before
 assert float(kept[-1].sum()) == 0.0
 print(whole, freed, trimmed)
