@@ -1,6 +1,6 @@
 """Tokens per CPU second of a T5: the engine, PEFT Poly, and transformers' `generate`.
 
-    python -m benchmarks.seq2seq --shape small
+    python -m benchmarks.seq2seq --backbone small
 
 64 requests of 32–128 source and 32–64 new tokens, every side answers the same ones. The method has
 the shape of the published T0 inventories: r = 1, S = 8, H = 64 on q, k, v, o, wi, wo. The backbone
@@ -127,7 +127,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def main(
-    shape: Annotated[str, typer.Option(help="Of the backbone: small or base")] = "small",
+    backbone: Annotated[str, typer.Option(help="Its shape: small or base")] = "small",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     requests: int = 64,
     rounds: int = 3,
@@ -139,7 +139,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console(width=110)
     precision = DTYPES[dtype]
-    model = random_t5(shape, precision)
+    model = random_t5(backbone, precision)
     work = make_work(requests, TASKS, vocabulary=VOCABULARY)
     how = {"seats": seats, "step_tokens": step_tokens}
     bare, routed = (SourceSide(model, routed=routed, **how) for routed in (False, True))
@@ -157,7 +157,7 @@ def main(
     rates = {n: timing.rates(found, sum(w.new_tokens for w in work)) for n, found in runs.items()}
     base = rates["engine, bare"]
     rows = [(n, timing.spread(v), timing.ratio(v, base)) for n, v in rates.items()]
-    head = f"T5-{shape}, {dtype}, {requests} requests, {threads} thread(s), {seats} seats"
+    head = f"T5-{backbone}, {dtype}, {requests} requests, {threads} thread(s), {seats} seats"
     columns = ("side", "tokens / CPU s", "over bare engine")
     timing.print_table(console, f"{head}\n{timing.machine()}", columns, rows)
     _print_goals(console, rates)
