@@ -23,7 +23,8 @@ class Source:
     """The owner of a row of cross attention's keys and values."""
 
     key: Key
-    request: Request  # the first that asked for it
+    asked_by: str  # the id of the first request
+    request: Request | None  # that one, until it is encoded: kept, it would hold its adapter
     portions: int  # in which it is encoded
     handed: int = 0  # of those, to a step
     readers: set[Sequence] = field(default_factory=set)
@@ -85,7 +86,7 @@ class SourceCache(Reuse):
         going = list(self._begun)
         for source in going:
             self._hand(source)
-        return [(source.request, source.cost) for source in going]
+        return [(_request(source), source.cost) for source in going]
 
     def ready(self, sequence: Sequence) -> bool:
         """Whether the last portion of its source has been, or is in the next step."""
@@ -100,7 +101,7 @@ class SourceCache(Reuse):
         if not self._space.reserve(sequence, len(sequence.tokens)):
             self._leave(sequence)
             return False
-        if source.request.id != sequence.request.id and not sequence.generated:
+        if source.asked_by != sequence.request.id and not sequence.generated:
             sequence.cached = len(sequence.request.source)
         return True
 
@@ -133,7 +134,7 @@ class SourceCache(Reuse):
         found = [
             SourceRow(
                 source.key[1],
-                source.request.adapter,
+                _request(source).adapter,
                 self._space.place(source),
                 source,
                 source.handed - 1,
@@ -141,6 +142,8 @@ class SourceCache(Reuse):
             )
             for source in self._to_encode
         ]
+        for source in self._to_encode:
+            source.request = None if source.ready else source.request
         self._to_encode.clear()
         return found
 
@@ -159,7 +162,7 @@ class SourceCache(Reuse):
     def _source(self, key: Key, sequence: Sequence) -> Source:
         halves = -(-len(key[1]) // max(1, self._step_tokens // 2))
         portions = min(halves, self._depth) if len(key[1]) > self._step_tokens else 1
-        return Source(key, sequence.request, portions)
+        return Source(key, sequence.request.id, sequence.request, portions)
 
     def _hand(self, source: Source) -> None:
         source.handed += 1
@@ -192,3 +195,8 @@ class SourceCache(Reuse):
 
     def _size(self, source: Source) -> int:
         return self._space.row_capacity(len(source.key[1]))
+
+
+def _request(source: Source) -> Request:
+    assert source.request is not None, "it is let go of with the last portion"
+    return source.request

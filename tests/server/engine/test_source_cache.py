@@ -1,6 +1,8 @@
 """Sources are encoded once, held while they are answered, and kept within bounds afterwards."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -108,6 +110,18 @@ def test_a_kept_source_is_found_by_the_same_tokens_of_the_same_task_only() -> No
         assert world.tokens[name, 0] == right(request)
     assert world.cached == {"a": 0, "b": 20, "c": 0, "d": 0}
     assert len(world.encoded) == len(world.cache) == 3
+
+
+def test_a_kept_source_holds_neither_its_request_nor_an_adapter() -> None:
+    """A private adapter's memory would be held with them, and counted nowhere."""
+    world, request = SourceWorld(kept=1000), asked("a", words(0, 20), 3)
+    gone = weakref.ref(request)
+    world.submit(request)
+    del request
+    world.run()
+    gc.collect()
+    assert len(world.cache) == 1
+    assert gone() is None
 
 
 def test_the_least_recently_used_goes_first_and_no_more_is_kept_than_allowed() -> None:
