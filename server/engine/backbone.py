@@ -58,6 +58,10 @@ def load_backbone(
                 f"{folder}: {config.model_type} is an encoder-decoder that is not served; "
                 f"expected {' or '.join(FAMILIES)}, or a causal model"
             )
+        if config.is_encoder_decoder and dtype == torch.float16 and not any_kind:
+            raise BackboneError(
+                f"{folder}: {config.model_type} overflows in float16; expected bfloat16 or float32"
+            )
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         loaded: Any = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True

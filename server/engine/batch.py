@@ -47,11 +47,13 @@ class SourceRow:
     leave the keys and values of cross attention at `place`.
 
     owner: the same object for all portions of a source; they come in consecutive steps.
+    requests: the ids of those that it is encoded for.
     """
 
     tokens: tuple[int, ...]
     adapter: "Adapter"
     place: Place
+    requests: frozenset[str] = frozenset()
     owner: object = None
     portion: int = 0
     portions: int = 1
@@ -74,6 +76,12 @@ class Batch:
     @property
     def tokens(self) -> int:
         return sum(row.count for row in self.rows) + sum(s.cost for s in self.sources)
+
+    @property
+    def requests(self) -> set[str]:
+        """The ids of all requests that this step works for."""
+        asked = {row.sequence.request.id for row in self.rows}
+        return asked.union(*(source.requests for source in self.sources))
 
 
 @dataclass(frozen=True)

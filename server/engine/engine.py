@@ -266,17 +266,18 @@ class Engine:
             request = row.sequence.request
             if row.start < len(request.prompt):
                 self._started.setdefault(request.id, now)
-        begun = (row.sequence.request.id for row in batch.rows)
+        for source in batch.sources:
+            for name in source.requests:
+                self._started.setdefault(name, now)
         with self._wake:
-            self._pace.begun(begun, self._scheduler.free_seats)
+            self._pace.begun(batch.requests, self._scheduler.free_seats)
 
     def _fail(self, batch: Batch, exc: Exception) -> None:
         """End the requests of a failed step; the others compute their tokens anew."""
         self._scheduler.preempt_all()
         self._scheduler.space.clear()
         self._runner.reset()
-        lost = {row.sequence.request.id for row in batch.rows}
-        self._retire(self._answers.fail(lost, f"{type(exc).__name__}: {exc}"))
+        self._retire(self._answers.fail(batch.requests, f"{type(exc).__name__}: {exc}"))
         self._stats = replace(self._stats, failed_steps=self._stats.failed_steps + 1)
         self._count()
 

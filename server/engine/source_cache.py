@@ -136,6 +136,7 @@ class SourceCache(Reuse):
                 source.key[1],
                 _request(source).adapter,
                 self._space.place(source),
+                frozenset(reader.request.id for reader in source.readers),
                 source,
                 source.handed - 1,
                 source.portions,

@@ -333,3 +333,50 @@ def test_after_a_failed_step_others_are_answered_and_no_memory_is_lost() -> None
             assert collector.tokens(request) == alone(bench.references[request.task], request)
     assert (engine.stats().failed_steps, engine.stats().kv_used_tokens) == (1, 0)
     engine.stop()
+
+
+def test_a_source_that_cannot_be_encoded_fails_its_own_requests_and_nothing_repeats() -> None:
+    """Its first portions come in steps without any row, which nobody would be told of."""
+    bench, collector = served("gated-gelu"), Collector()
+    engine = make_engine(bench.model, bench.injection, collector)
+    runner: Any = engine._runner
+    encode = runner._encode
+
+    def failing(sources: list[Any]) -> None:
+        if any(len(source.tokens) == 100 for source in sources):
+            raise RuntimeError("too deep")
+        encode(sources)
+
+    runner._encode = failing
+    engine.start()
+    bad = ask(bench, "bad", "routed", (5,) * 100, n=2)
+    engine.submit(bad)
+    assert isinstance(collector.wait(bad)[-1], Failure)
+    good = ask(bench, "good", "routed", (5,) * 60)
+    engine.submit(good)
+    assert collector.tokens(good) == alone(bench.references["routed"], good)
+    assert engine.stats().failed_steps == 1
+    engine.stop()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_in_bfloat16_scores_are_near_those_in_float32(stack: str) -> None:
+    bench = served(stack)
+    inventory = bench.injection.inventory
+    model = merged(restless_t5(stack), inventory, None).to(torch.bfloat16)
+    assert isinstance(model, PreTrainedModel)
+    collector = Collector()
+    engine = make_engine(model, inject(model, inventory), collector)
+    engine.start()
+    near = []
+    for i, kind in enumerate(["routed", "other", "base"] * 2):
+        request = replace(
+            ask(bench, f"r{i}", kind, tuple(range(10, 50 + i))), continuations=((5, 6, 7),)
+        )
+        engine.submit(request)
+        (output,) = collector.wait(request)
+        assert isinstance(output, Output)
+        mean = sum(token.logprob for token in output.logprobs) / 3
+        near.append(abs(mean - labels_by_loop(bench.references[kind], request)[0]))
+    engine.stop()
+    assert max(near) < 0.05

@@ -73,6 +73,13 @@ def test_an_encoder_decoder_gives_an_engine_too(tmp_path: Path) -> None:
     assert parts.engine(lambda _events: None).stats().kv_capacity_tokens == 1024
 
 
+def test_an_encoder_decoder_in_float16_is_refused(tmp_path: Path) -> None:
+    """transformers keeps a part of it in float32 there, for it would overflow."""
+    save_backbone(tiny_t5(), tmp_path)
+    with pytest.raises(BackboneError, match="t5 overflows in float16; expected bfloat16"):
+        load_backbone(tmp_path, torch.float16, torch.device("cpu"))
+
+
 def test_another_encoder_decoder_is_refused_in_a_line_and_read_where_it_is_converted(
     tmp_path: Path,
 ) -> None:
