@@ -184,7 +184,8 @@ class _Search:
         work = {
             i * columns + k: self.examples[i][:count] for i in range(rows) for k in range(columns)
         }
-        return self._total(source, work, learn=False).view(rows, columns)
+        found = self._total(source, work, learn=False).view(rows, columns)
+        return found.nan_to_num(nan=float("inf"))  # overflowed, and not the least of all
 
     def _total(
         self, source: _Weighted, work: Mapping[int, Sequence[Encoded]], *, learn: bool
