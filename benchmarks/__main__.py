@@ -14,6 +14,7 @@ COMMANDS = (
     "fit_lane",
     "fitting",
     "warm_start",
+    "merging",
     "registry",
     "private",
     "simulate",

@@ -23,7 +23,7 @@ from benchmarks import options, timing
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.routing import Routing
 from polyhead.adapters.training.answers import Encoded, micro_batches
-from polyhead.adapters.training.encode import Encoder
+from polyhead.adapters.training.encode import DEFAULT_TEMPLATE, Encoder
 from polyhead.adapters.training.evaluate import EvalOptions, shots_of
 from polyhead.adapters.training.fewshot_adam import Owned, OwnersAdam
 from polyhead.adapters.training.fewshot_joint import LAST_RATE
@@ -61,6 +61,9 @@ def main(
     tasks: Annotated[str, typer.Option(help="Names with commas; empty takes all held out")] = "",
     test: Annotated[int, typer.Option(help="Test examples of a task")] = 24,
     together: Annotated[int, typer.Option(help="Tasks that learn in one batch")] = 5,
+    bare: Annotated[
+        bool, typer.Option(help="Inputs alone in the prompt, as the demo's inventory was trained")
+    ] = True,
     control: Annotated[bool, typer.Option(help="A random known task's start as well")] = True,
     seed: Annotated[int, typer.Option(help="Draws examples, their order and random starts")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads")] = 1,
@@ -71,7 +74,7 @@ def main(
     torch.set_num_threads(threads)
     wanted = [name for name in tasks.split(",") if name]
     chosen = [one for one in read_suite(suite, wanted) if one.held_out]
-    bench = Bench(backbone, Inventory.load(inventory), suite, test, seed, control)
+    bench = Bench(backbone, Inventory.load(inventory), suite, test, seed, control, bare)
     curves: list[Curve] = []
     for first in range(0, len(chosen), together):
         curves += bench.run(chosen[first : first + together])
@@ -93,6 +96,7 @@ class Bench:
         test: int,
         seed: int,
         control: bool,
+        bare: bool,
     ) -> None:
         loose: Any = AutoModelForCausalLM
         self._model = loose.from_pretrained(backbone, dtype=torch.float32, local_files_only=True)
@@ -102,7 +106,7 @@ class Bench:
         unseen = {one.name for one in read_suite(suite) if one.held_out}
         self._known = {n: one for n, one in inventory.tasks.items() if n not in unseen}
         self._skills = SharedSkills.of(inventory).requires_grad_(False)
-        self._test, self._seed = test, seed
+        self._test, self._seed, self._bare = test, seed, bare
         self._sides = SIDES if control else SIDES[:2]
         self.searched = self.stepped = 0.0
 
@@ -112,7 +116,8 @@ class Bench:
         chosen = FitOptions(method="z", seed=self._seed)
         learners, asked = [], []
         for task, _ in pairs:
-            encoder = Encoder(self._tokenizer, task.template)
+            template = DEFAULT_TEMPLATE if self._bare else task.template
+            encoder = Encoder(self._tokenizer, template)
             shots = shots_of(task, EvalOptions(), self._seed)
             learners.append(Learner(tuple(encoder.encode(shots)), (), chosen))
             asked.append(encoder.encode(task.test[: self._test]))
