@@ -83,6 +83,7 @@ class Looks:
 
     arena: int
     numbers: NDArray[np.int64]  # [n, 3]: token, row, the last key that the token sees
+    placed: Tensor  # the same on the store's device
 
 
 class DecoderStep:
@@ -94,8 +95,8 @@ class DecoderStep:
     def __init__(self, rows: Ordered[Row], store: KVStore, bias: Tensor) -> None:
         self._store = store
         self._compiled = store.dtype in READ and compiled_for(torch.float32, store.device)
-        self._own = _looks(rows, of_source=False)
-        self._sources = _looks(rows, of_source=True)
+        self._own = _looks(rows, store.device, of_source=False)
+        self._sources = _looks(rows, store.device, of_source=True)
         self._bias = bias
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class DecoderStep:
         new: list[Tensor] | None,
         out: Tensor,
     ) -> None:
-        tokens, rows, last = torch.from_numpy(looks.numbers).to(q.device).unbind(1)
+        tokens, rows, last = looks.placed.unbind(1)
         if new is not None:
             keys[rows, :, last], values[rows, :, last] = new[0][tokens], new[1][tokens]
         place = torch.arange(int(looks.numbers[:, 2].max()) + 1, device=q.device)
@@ -158,7 +159,7 @@ class DecoderStep:
             out[tokens[part]] = found[:, :, 0].float()
 
 
-def _looks(rows: Ordered[Row], *, of_source: bool) -> list[Looks]:
+def _looks(rows: Ordered[Row], device: torch.device, *, of_source: bool) -> list[Looks]:
     found: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     token = 0
     for row in rows:
@@ -167,7 +168,10 @@ def _looks(rows: Ordered[Row], *, of_source: bool) -> list[Looks]:
         for position in range(row.start, row.stop):
             found[place.arena].append((token, place.row, whole if of_source else position))
             token += 1
-    return [Looks(arena, np.array(numbers, np.int64)) for arena, numbers in found.items()]
+    tables = {arena: np.array(numbers, np.int64) for arena, numbers in found.items()}
+    return [
+        Looks(a, numbers, torch.from_numpy(numbers).to(device)) for a, numbers in tables.items()
+    ]
 
 
 def _source_of(row: Row) -> Place:

@@ -194,9 +194,9 @@ def test_without_biases_or_with_keys_of_another_source_answers_differ(
         assert all(a != b for a, b in zip(found(), expected, strict=True))
     looks = source_attention._looks
 
-    def swapped(rows: list[Row], *, of_source: bool) -> list[source_attention.Looks]:
+    def swapped(rows: list[Row], *given: Any, of_source: bool) -> list[source_attention.Looks]:
         turned = [replace(r, source=o.source) for r, o in zip(rows, rows[::-1], strict=True)]
-        return looks(turned, of_source=of_source)
+        return looks(turned, *given, of_source=of_source)
 
     with monkeypatch.context() as patch:
         patch.setattr(source_attention, "_looks", swapped)
