@@ -3,9 +3,9 @@
 Near is whose routing answers them best, which needs no embeddings and nothing stored but routings.
 All known routings are tried on one example, the best eight on four (successive halving). On eight
 examples the nearest, the mean of the nearest two, and uniform weights, where a fit begins
-otherwise, are compared: some ninety examples forward, in time as much as ten steps of four. Where more
-than 32 are known, one backward pass at uniform weights picks whom to try, by the first order of
-the loss:
+otherwise, are compared: some ninety examples forward, in time as much as ten steps of four. Where
+more than 32 are known, one backward pass at uniform weights picks whom to try, by the first order
+of the loss:
 
     loss(w) ~ loss(1/S) + <d loss / d w, w - 1/S>
 """
