@@ -38,11 +38,13 @@ def main(
     first_token: Annotated[float, typer.Option(help="Target in seconds")] = 5.0,
     gap: Annotated[float, typer.Option(help="Target of the mean gap in seconds")] = 1.0,
     max_wait: Annotated[float, typer.Option(help="--max-wait-seconds of the server")] = 3.0,
+    seats: Annotated[int, typer.Option(help="--max-running of the server")] = 64,
     client_core: Annotated[int | None, typer.Option(help="Core of this client alone")] = None,
     out: Annotated[Path, typer.Option(help="File of the figures")] = Path("data/overload.json"),
 ) -> None:
     planned = _phases(rate, times, seconds, tasks)
     flags = ("--threads", "1", "--max-wait-seconds", f"{max_wait:g}", "--log-level", "warning")
+    flags += ("--max-running", str(seats))
     with (
         tempfile.TemporaryDirectory() as folder,
         serving(backbone, inventory, Path(folder), *flags) as served,
