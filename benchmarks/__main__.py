@@ -8,6 +8,9 @@ from pathlib import Path
 COMMANDS = (
     "throughput",
     "seq2seq",
+    "vllm",
+    "roofline",
+    "long_prompt",
     "registration",
     "memory",
     "liveness",

@@ -46,7 +46,8 @@ class Driven:
         self.engine.start()
 
     def __call__(self, work: Sequence[Work]) -> None:
-        tasks = [self._task(item.task) for item in work]
+        bare = self._injection is None
+        tasks = [None if bare else self.task(item.task) for item in work]
         with self._changed:
             self._left = len(work)
         for number, (item, task) in enumerate(zip(work, tasks, strict=True)):
@@ -62,9 +63,15 @@ class Driven:
         label = f"task-{item.task}"
         return Request(name, label, label, item.prompt, task, params)
 
-    def _task(self, number: int) -> RoutedTask | None:
-        if self._injection is None:
-            return None
+    @property
+    def inventory(self) -> Inventory:
+        """Of a routed engine."""
+        assert self._injection is not None
+        return self._injection.inventory
+
+    def task(self, number: int) -> RoutedTask:
+        """The routed engine's task of that number."""
+        assert self._injection is not None
         header = self._injection.inventory.header
         while len(self._tasks) <= number:
             key = len(self._tasks)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,20 +15,33 @@ from benchmarks.serving import Served, serving
 ROOT = Path(__file__).parents[1]
 
 
-def environment(name: str, *requirements: str) -> Path:
+def environment(name: str, *requirements: str, without: Sequence[str] = ()) -> Path:
     """The folder of programs of `.venv/tools-<name>`, which holds `requirements` and no more.
 
-    A tool's own requirements would otherwise decide about the server's.
+    A tool's own requirements would otherwise decide about the server's. without: packages that it
+    asks for and does not need.
     """
     folder = ROOT / ".venv" / f"tools-{name}"
     mark = folder / "requirements.json"
     if not mark.exists() or json.loads(mark.read_text()) != list(requirements):
         print(f"Installing {name} into {folder.relative_to(ROOT)}.", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin" / "python", "-m", "pip", "install", "-q", "--no-compile"]
-        subprocess.run([*pip, *requirements], check=True)
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--no-compile"]
+        wanted = [*requirements]
+        if without:
+            wanted = ["--no-deps", *_resolved(pip, wanted, without)]
+        subprocess.run([*pip, *wanted], check=True)
         mark.write_text(json.dumps(requirements))
     return folder / "bin"
+
+
+def _resolved(pip: list[str], requirements: list[str], without: Sequence[str]) -> list[str]:
+    """Everything that the requirements come to, but those packages."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        command = [*pip, "--dry-run", "--report", report.name, *requirements]
+        subprocess.run(command, check=True)
+        found = [item["metadata"] for item in json.load(report)["install"]]
+    return [f"{own['name']}=={own['version']}" for own in found if own["name"] not in without]
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
