@@ -1,6 +1,6 @@
 """A step as the compiled kernels take it: tables of addresses instead of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -22,8 +22,6 @@ Numbers = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Hidden = tuple[Any | None, Any | None]
 """The low-rank activations of a group: factored `[n, G, r]`, combined `[N, R]`."""
-Laying = Callable[[Tensor], Tensor]
-"""A matrix in the order in which kernels read it."""
 
 
 def compiled_for(dtype: torch.dtype, device: torch.device) -> bool:
@@ -49,41 +47,21 @@ class FactorTable:
 
     groups: Numbers  # [groups, 2]: address of A_t, sum of its ranks
     modules: Numbers  # [M, 3]: address of B_t, rank, first column in the group
-    held: tuple[Tensor, ...] = ()  # matrices that nothing else keeps alive
-
-    @property
-    def nbytes(self) -> int:
-        """Of what it holds itself."""
-        return sum(tensor.nbytes for tensor in self.held)
 
     @classmethod
-    def of(
-        cls,
-        factors: Sequence[ops.Factors | None],
-        sizes: Sequence[int],
-        laid: Laying | None = None,
-    ) -> "FactorTable":
-        """laid: what makes a matrix ready for the kernels; None where they read it as it is."""
-        groups, modules, held = [], [], []
-
-        def address(matrix: Tensor) -> int:
-            if laid is not None:
-                matrix = laid(matrix)
-                held.append(matrix)
-            return matrix.data_ptr()
-
+    def of(cls, factors: Sequence[ops.Factors | None], sizes: Sequence[int]) -> "FactorTable":
+        groups, modules = [], []
         for own, size in zip(factors, sizes, strict=True):
             if own is None:
                 groups.append((0, 0))
                 modules += [(0, 0, 0)] * size
                 continue
-            groups.append((address(own.a), own.a.shape[1]))
+            groups.append((own.a.data_ptr(), own.a.shape[1]))
             column = 0
-            for b in own.b:
-                rank = 0 if b is None else b.shape[0]
-                modules.append((0 if b is None else address(b), rank, column))
+            for b, rank in zip(own.b, own.ranks, strict=True):
+                modules.append((0 if b is None else b.data_ptr(), rank, column))
                 column += rank
-        return cls(np.array(groups, np.int64), np.array(modules, np.int64), tuple(held))
+        return cls(np.array(groups, np.int64), np.array(modules, np.int64))
 
 
 class CompiledCombined:

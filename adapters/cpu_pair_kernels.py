@@ -6,7 +6,7 @@ pairs of rows, its columns a multiple of `LANES` (`pairs`). Sums and weights are
 import numpy as np
 
 from polyhead.adapters.cpu_kernels import BLOCK, compiled
-from polyhead.adapters.cpu_pair_tiles import LANES, narrow, tile
+from polyhead.adapters.cpu_pair_tiles import LANES, add_scaled, narrow, tile
 
 _8_32_f, _4_32_f, _1_32_f = (tile(n, 2, 16, u, "float32") for n, u in ((8, 1), (4, 1), (1, 4)))
 _8_16_f, _1_16_f = (tile(n, 1, 16, u, "float32") for n, u in ((8, 1), (1, 4)))
@@ -178,3 +178,43 @@ def factored_expand(y, width, b, weights, rows, module, g, mixed):  # type: igno
             to, own = y + 2 * (start * width + h * outer), rounded.ctypes.data
             panel, pairs = b + 4 * h * (columns // 2) * outer, columns // 2
             _add_product(to, width, own, columns, panel, outer, count, pairs, outer)
+
+
+@compiled()
+def fold_a(a, weights, folded, rank):  # type: ignore[no-untyped-def]
+    """Average a group's skills for one task. a `[H, I/H/2, 2*G*S*r]` and folded `[I/2, 2*R]`
+    bfloat16, weights `[G, H, S]`; R is G * r, padded to whole vectors, and 2 * r makes them."""
+    heads, pairs, numbers = a.shape
+    size, skills = weights.shape[0], weights.shape[2]
+    total = np.zeros(folded.shape[1], np.float32)
+    start = total.ctypes.data
+    for h in range(heads):
+        for p in range(pairs):
+            total[: 2 * size * rank] = 0
+            of = a.ctypes.data + 2 * (h * pairs + p) * numbers
+            for g in range(size):
+                for s in range(skills):
+                    for lane in range(0, 2 * rank, LANES):
+                        at = start + 4 * (2 * g * rank + lane)
+                        add_scaled(at, of + 2 * lane, weights[g, h, s])
+                    of += 4 * rank
+            to = folded.ctypes.data + 2 * (h * pairs + p) * folded.shape[1]
+            for lane in range(0, folded.shape[1], LANES):
+                narrow(to + 2 * lane, start + 4 * lane)
+
+
+@compiled()
+def fold_b(b, weights, folded):  # type: ignore[no-untyped-def]
+    """The same of one module's second half: b `[H, S, r/2, 2*O/H]`, folded `[r/2, H, 2*O/H]`
+    bfloat16, weights `[H, S]`."""
+    heads, skills, pairs, numbers = b.shape
+    total = np.empty(LANES, np.float32)
+    start = total.ctypes.data
+    for h in range(heads):
+        for p in range(pairs):
+            for lane in range(0, numbers, LANES):
+                total[:] = 0
+                for s in range(skills):
+                    of = b.ctypes.data + 2 * (((h * skills + s) * pairs + p) * numbers + lane)
+                    add_scaled(start, of, weights[h, s])
+                narrow(folded.ctypes.data + 2 * ((p * heads + h) * numbers + lane), start)

@@ -168,3 +168,25 @@ def _narrowing(_context: Any, to: Any, source: Any) -> Any:
 
 narrow: Any = intrinsic(_narrowing)
 """Round `LANES` float32 numbers at the second address to bfloat16 at the first."""
+
+
+def _adding(_context: Any, to: Any, source: Any, factor: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        at, of, by = args
+        floats, halves = ir.VectorType(FLOAT, LANES), ir.VectorType(HALF, LANES)
+        value = builder.load(builder.inttoptr(of, halves.as_pointer()), align=2)
+        lane = builder.insert_element(floats(ir.Undefined), by, WORD(0))
+        mask = ir.VectorType(WORD, LANES)(None)
+        spread = builder.shuffle_vector(lane, floats(ir.Undefined), mask)
+        product = builder.fmul(_widen(builder, value, LANES), spread, flags=("contract",))
+        place = builder.inttoptr(at, floats.as_pointer())
+        total = builder.fadd(builder.load(place, align=4), product, flags=("contract",))
+        builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(to, source, factor), generate
+
+
+add_scaled: Any = intrinsic(_adding)
+"""Add `LANES` bfloat16 numbers at the second address, times the third argument, onto as many
+float32 numbers at the first."""

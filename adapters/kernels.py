@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from polyhead.adapters.compiled import (
     CompiledCombined,
@@ -13,9 +14,16 @@ from polyhead.adapters.compiled import (
     FactorTable,
     compiled_for,
 )
-from polyhead.adapters.ops import Factors, SkillGroup
-from polyhead.adapters.pairs import PairedCombined, PairedFactored, PairedSkills, PairedStep, fit
-from polyhead.adapters.pairs import table as paired_table
+from polyhead.adapters.cpu_pair_tiles import LANES
+from polyhead.adapters.ops import Factors, SkillGroup, fold_factors
+from polyhead.adapters.pairs import (
+    PairedCombined,
+    PairedFactored,
+    PairedFactors,
+    PairedSkills,
+    PairedStep,
+    fit,
+)
 from polyhead.adapters.plan import Plan, Step
 
 Tables = Sequence[FactorTable]
@@ -25,8 +33,11 @@ Positions = Sequence[Sequence[int]]
 class Kernels(Protocol):
     """Turns the parts of a plan into a step."""
 
-    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int], /) -> FactorTable:
-        """Where the kernels find a task's factors, of groups of so many modules."""
+    def fold(self, index: int, group: SkillGroup, weights: Tensor, /) -> Factors:
+        """One task's factors of a group by its number; weights `[G, H, S]`."""
+
+    def lay(self, factors: Factors, /) -> Factors:
+        """Factors made elsewhere, in the order in which the kernels read them."""
 
     def step(
         self, plan: Plan, tables: Tables, positions: Positions, device: torch.device, /
@@ -51,8 +62,11 @@ def kernels_for(
 class CompiledKernels:
     """For float32 on the CPU."""
 
-    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
-        return FactorTable.of(factors, sizes)
+    def fold(self, _: int, group: SkillGroup, weights: Tensor) -> Factors:
+        return fold_factors(group, weights)
+
+    def lay(self, factors: Factors) -> Factors:
+        return factors
 
     def step(self, plan: Plan, tables: Tables, positions: Positions, _: torch.device) -> Step:
         part = plan.factored
@@ -69,8 +83,13 @@ class PairedKernels:
     def __init__(self, groups: Sequence[SkillGroup]) -> None:
         self._skills = [PairedSkills.of(group) for group in groups]
 
-    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
-        return paired_table(factors, sizes)
+    def fold(self, index: int, group: SkillGroup, weights: Tensor) -> Factors:
+        if 2 * group.rank % LANES:
+            return self.lay(fold_factors(group, weights))
+        return self._skills[index].fold(weights, group.rank)
+
+    def lay(self, factors: Factors) -> Factors:
+        return PairedFactors.of(factors)
 
     def step(self, plan: Plan, tables: Tables, positions: Positions, _: torch.device) -> Step:
         part = plan.factored
@@ -93,8 +112,11 @@ class TritonKernels:
 
         self._kernels, self._dtype = triton_step, dtype
 
-    def table(self, factors: Sequence[Factors | None], sizes: Sequence[int]) -> FactorTable:
-        return FactorTable.of(factors, sizes)
+    def fold(self, _: int, group: SkillGroup, weights: Tensor) -> Factors:
+        return fold_factors(group, weights)
+
+    def lay(self, factors: Factors) -> Factors:
+        return factors
 
     def step(self, plan: Plan, tables: Tables, positions: Positions, device: torch.device) -> Step:
         part, of = plan.factored, self._kernels

@@ -132,6 +132,15 @@ class Factors:
     def nbytes(self) -> int:
         return self.a.nbytes + sum(b.nbytes for b in self.b if b is not None)
 
+    @property
+    def ranks(self) -> list[int]:
+        """Of each module, 0 where it has none."""
+        return [0 if b is None else b.shape[0] for b in self.b]
+
+    def plain(self) -> "Factors":
+        """Itself, or the same factors in this order where kernels keep another."""
+        return self
+
 
 def fold_factors(group: SkillGroup, weights: Tensor) -> Factors:
     """Average a group's skills for one task, in float32. weights `[G, H, S]`."""
@@ -157,15 +166,15 @@ def _averaging(w: Tensor, rank: int) -> Tensor:
 
 def combined_shrink(x: Tensor, factors: Factors) -> Tensor:
     """First half of the combined form for tokens of one task: x `[n, I]` to `[n, sum of ranks]`."""
-    return x @ factors.a
+    return x @ factors.plain().a
 
 
 def combined_expand(y: Tensor, hidden: Tensor, factors: Factors, g: int) -> None:
     """Second half: adds module g's delta onto y `[n, O_g]`, in place; nothing for a bare module."""
-    b = factors.b[g]
+    b = factors.plain().b[g]
     if b is None:
         return
-    start = sum(other.shape[0] for other in factors.b[:g] if other is not None)
+    start = sum(factors.ranks[:g])
     y.addmm_(hidden[:, start : start + b.shape[0]], b)
 
 

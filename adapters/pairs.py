@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polyhead.adapters import cpu_pair_kernels, ops
@@ -17,7 +18,6 @@ from polyhead.adapters.compiled import (
     CompiledCombined,
     CompiledFactored,
     CompiledStep,
-    FactorTable,
     Hidden,
 )
 from polyhead.adapters.cpu_pair_tiles import LANES
@@ -51,21 +51,32 @@ def paired(matrix: Tensor) -> Tensor:
     return pairs.transpose(-1, -2).contiguous()
 
 
-def table(factors: Sequence[ops.Factors | None], sizes: Sequence[int]) -> FactorTable:
-    """A task's factors, laid out in pairs.
+@dataclass(frozen=True, eq=False)
+class PairedFactors(ops.Factors):
+    """A task's factors in pairs of rows: a `[I/2, R, 2]`, b[g] `[r_g/2, O_g, 2]` or None.
 
-    Ranks are padded with zeros: each module's to whole pairs, a group's sum to whole vectors.
+    Ranks are padded with zeros: each module's to whole pairs, their sum R to whole vectors.
     """
-    padded = [None if own is None else _padded(own) for own in factors]
-    return FactorTable.of(padded, sizes, paired)
+
+    @classmethod
+    def of(cls, factors: ops.Factors) -> "PairedFactors":
+        columns = torch.split(factors.a, factors.ranks, 1)
+        a = torch.cat([F.pad(own, (0, own.shape[1] % 2)) for own in columns], 1)
+        b = [None if b is None else F.pad(b, (0, 0, 0, b.shape[0] % 2)) for b in factors.b]
+        padded = F.pad(a, (0, -a.shape[1] % LANES))
+        return cls(paired(padded), tuple(None if own is None else paired(own) for own in b))
+
+    @property
+    def ranks(self) -> list[int]:
+        return [0 if b is None else 2 * b.shape[0] for b in self.b]
+
+    def plain(self) -> ops.Factors:
+        b = tuple(None if own is None else _unpaired(own) for own in self.b)
+        return ops.Factors(_unpaired(self.a)[:, : sum(self.ranks)].contiguous(), b)
 
 
-def _padded(factors: ops.Factors) -> ops.Factors:
-    ranks = [0 if b is None else b.shape[0] for b in factors.b]
-    columns = [F.pad(a, (0, a.shape[1] % 2)) for a in torch.split(factors.a, ranks, 1)]
-    a = torch.cat(columns, 1)
-    b = tuple(None if b is None else F.pad(b, (0, 0, 0, b.shape[0] % 2)) for b in factors.b)
-    return ops.Factors(F.pad(a, (0, -a.shape[1] % LANES)), b)
+def _unpaired(pairs: Tensor) -> Tensor:
+    return pairs.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,29 @@ class PairedSkills:
     @classmethod
     def of(cls, group: ops.SkillGroup) -> "PairedSkills":
         return cls(paired(group.a), tuple(paired(b) for b in group.b))
+
+    def fold(self, weights: Tensor, rank: int) -> PairedFactors:
+        """Average them for one task, in float32; weights `[G, H, S]`, 2 * rank in
+        whole vectors."""
+        w = weights.float().contiguous().numpy()
+        size, heads, skills = w.shape
+        columns = size * rank + -size * rank % LANES
+        a = torch.empty(heads * self.a.shape[1], columns, 2, dtype=torch.bfloat16)
+        cpu_pair_kernels.fold_a(_bits(self.a.flatten(2)), w, _bits(a.flatten(1)), rank)
+        b = []
+        for g, own in enumerate(self.b):
+            outer = own.shape[2]
+            folded = torch.empty(rank // 2, heads, 2 * outer, dtype=torch.bfloat16)
+            by_skill = own.view(heads, skills, rank // 2, 2 * outer)
+            cpu_pair_kernels.fold_b(_bits(by_skill), w[g], _bits(folded))
+            b.append(folded.view(rank // 2, heads * outer, 2))
+        return PairedFactors(a, tuple(b))
+
+
+def _bits(tensor: Tensor) -> NDArray[np.uint16]:
+    """The same memory as integers, for numpy has no bfloat16."""
+    found: NDArray[np.uint16] = tensor.view(torch.uint16).numpy()
+    return found
 
 
 class PairedCombined(CompiledCombined):

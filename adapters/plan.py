@@ -35,14 +35,13 @@ class PreparedAdapter:
 
     @property
     def nbytes(self) -> int:
-        own = nbytes_of(self.factors, self.table)
+        own = nbytes_of(self.factors)
         return own if self.whole is None else own + self.whole.nbytes
 
 
-def nbytes_of(factors: Sequence[ops.Factors | None], table: FactorTable | None) -> int:
-    """What an adapter's factors take, with what the kernels keep of them."""
-    own = sum(f.nbytes for f in factors if f is not None)
-    return own if table is None else own + table.nbytes
+def nbytes_of(factors: Sequence[ops.Factors | None]) -> int:
+    """The memory of an adapter's factors."""
+    return sum(own.nbytes for own in factors if own is not None)
 
 
 Adapter = RoutedTask | PrivateAdapter | PreparedAdapter | None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby, repeat
 
 import torch
+from torch import Tensor
 
 from polyhead.adapters import ops
 from polyhead.adapters.compiled import FactorTable
@@ -154,26 +155,35 @@ class Planner:
         if factors is None:
             factors = self._build_factors(adapter)
             self._factors[key] = factors
+            self._factor_bytes += nbytes_of(factors)
             table = self._table(factors)
             if table is not None:
                 self._tables[key] = table
-            self._factor_bytes += nbytes_of(factors, table)
         self._factors.move_to_end(key)
         return factors
 
     def _table(self, factors: Sequence[ops.Factors | None]) -> FactorTable | None:
         sizes = [slot.group.size for slot in self._slots]
-        return self._kernels.table(factors, sizes) if self._kernels is not None else None
+        return FactorTable.of(factors, sizes) if self._kernels is not None else None
 
     def _build_factors(self, adapter: Adapter) -> Sequence[ops.Factors | None]:
         if isinstance(adapter, RoutedTask):
-            weights = adapter.weights[self._order].to(self._device)
-            sizes = [slot.group.size for slot in self._slots]
-            pieces = zip(self._slots, torch.split(weights, sizes), strict=True)
-            return [ops.fold_factors(slot.group, w) for slot, w in pieces]
+            return self.fold(adapter)
         assert isinstance(adapter, PrivateAdapter)
         pairs = zip(self._slots, self._members, strict=True)
         return [self._private_factors(adapter, slot, names) for slot, names in pairs]
+
+    def fold(self, task: RoutedTask) -> Sequence[ops.Factors]:
+        """A routed task's factors, by group."""
+        weights = task.weights[self._order].to(self._device)
+        sizes = [slot.group.size for slot in self._slots]
+        pieces = zip(self._slots, torch.split(weights, sizes), strict=True)
+        return [self._fold(slot, own) for slot, own in pieces]
+
+    def _fold(self, slot: GroupSlot, weights: Tensor) -> ops.Factors:
+        if self._kernels is None:
+            return ops.fold_factors(slot.group, weights)
+        return self._kernels.fold(slot.index, slot.group, weights)
 
     def _private_factors(
         self, adapter: PrivateAdapter, slot: GroupSlot, names: Sequence[str]
@@ -185,15 +195,16 @@ class Planner:
         a = torch.cat([parts.rows(adapter.a[name], heads) for name in own], dim=1)
         b = [parts.columns(adapter.b[name], heads) if name in adapter.b else None for name in names]
         moved = tuple(None if t is None else t.to(self._device, dtype).contiguous() for t in b)
-        return ops.Factors(a.to(self._device, dtype), moved)
+        factors = ops.Factors(a.to(self._device, dtype), moved)
+        return factors if self._kernels is None else self._kernels.lay(factors)
 
     def _evict(self, keep: set[str]) -> None:
         for key in list(self._factors):
             if self._factor_bytes <= self._factor_cache_bytes:
                 return
             if key not in keep:
-                gone, table = self._factors.pop(key), self._tables.pop(key, None)
-                self._factor_bytes -= nbytes_of(gone, table)
+                self._factor_bytes -= nbytes_of(self._factors.pop(key))
+                self._tables.pop(key, None)
 
 
 def _share_rows(

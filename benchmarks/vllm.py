@@ -108,7 +108,7 @@ class VllmSide:
     def _ask(self, said: str, requests: str) -> str:
         warm = json.dumps([[[1, 2, 3], 4, None]])
         done = subprocess.run(
-            [str(self.python), str(WORKER), said],
+            [str(self.python), "-P", str(WORKER), said],
             input=f"{warm}\n{requests}\n",
             capture_output=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},

