@@ -19,7 +19,7 @@ _8_8_a, _1_8_a = (tile(n, 1, 8, 1, "add") for n in (8, 1))
 
 
 @compiled()
-def _product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
+def product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
     """`y = x @ b` for y `[m, n]` float32."""
     column = 0
     while column < n:
@@ -149,7 +149,7 @@ def factored_shrink(x, width, a, weights, rows, first, mixed):  # type: ignore[n
                 count = min(BLOCK, tokens - start)
                 own, to = x + 2 * (start * width + h * inner), products.ctypes.data
                 pairs, stride = inner // 2, size * columns
-                _product(to, columns, own, width, panel, stride, count, pairs, columns)
+                product(to, columns, own, width, panel, stride, count, pairs, columns)
                 for i in range(count):
                     w = weights[rows[start + i], first + g, h]
                     for s in range(skills):

@@ -5,6 +5,7 @@ matrices are passed as addresses, with strides in elements of their own.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from llvmlite import binding, ir
@@ -17,6 +18,8 @@ cgutils: Any = untyped_cgutils
 FLOAT, WORD, HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 LANES = 8
 """Columns of the narrowest tile: matrices have a multiple of it."""
+WIDE = 16
+"""Columns of a full vector of float32."""
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -34,6 +37,7 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return "bfloat"
 
 
+@cache
 def pairs_supported() -> bool:
     """Whether this CPU has the instruction, for vectors of 256 and 512 bits."""
     try:
@@ -190,3 +194,59 @@ def _adding(_context: Any, to: Any, source: Any, factor: Any) -> Any:
 add_scaled: Any = intrinsic(_adding)
 """Add `LANES` bfloat16 numbers at the second address, times the third argument, onto as many
 float32 numbers at the first."""
+
+
+class _Mixture:
+    """`x @ b` for x `[rows, k]` float32 and `WIDE` columns of a plain bfloat16 b, y overwritten."""
+
+    def __init__(self, rows: int, unroll: int) -> None:
+        self._rows, self._unroll = rows, unroll
+        self._sums = ir.VectorType(FLOAT, WIDE)
+
+    def __call__(self, context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        y, ldy, x, ldx, b, ldb, k = args
+        number, unroll = k.type, self._unroll
+        sums = [
+            [cgutils.alloca_once(builder, self._sums) for _ in range(self._rows)]
+            for _ in range(unroll)
+        ]
+        for place in (place for part in sums for place in part):
+            builder.store(self._sums(None), place)
+        whole = builder.sdiv(k, number(unroll))
+        with cgutils.for_range(builder, whole) as loop:
+            for offset in range(unroll):
+                index = builder.add(builder.mul(loop.index, number(unroll)), number(offset))
+                self._step(builder, sums[offset], (x, ldx, b, ldb), index)
+        with cgutils.for_range(builder, k, builder.mul(whole, number(unroll))) as loop:
+            self._step(builder, sums[0], (x, ldx, b, ldb), loop.index)
+        for row in range(self._rows):
+            total = builder.load(sums[0][row])
+            for part in sums[1:]:
+                total = builder.fadd(total, builder.load(part[row]))
+            place = _at(builder, y, builder.mul(number(row), ldy), 2, self._sums)
+            builder.store(total, place, align=4)
+        return context.get_dummy_value()
+
+    def _step(self, builder: Any, sums: Any, matrices: Any, index: Any) -> None:
+        x, ldx, b, ldb = matrices
+        number = index.type
+        place = _at(builder, b, builder.mul(index, ldb), 1, ir.VectorType(HALF, WIDE))
+        column = _widen(builder, builder.load(place, align=2), WIDE)
+        mask = ir.VectorType(WORD, WIDE)(None)
+        for row, total in enumerate(sums):
+            own = builder.add(builder.mul(number(row), ldx), index)
+            one = builder.load(_at(builder, x, own, 2, FLOAT), align=4)
+            lane = builder.insert_element(self._sums(ir.Undefined), one, WORD(0))
+            spread = builder.shuffle_vector(lane, self._sums(ir.Undefined), mask)
+            product = builder.fmul(column, spread, flags=("contract",))
+            builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+
+
+def mixture(rows: int, unroll: int) -> Callable[..., Any]:
+    """As a function `(y, ldy, x, ldx, b, ldb, k)` for compiled code; see `_Mixture`."""
+    generate = _Mixture(rows, unroll)
+
+    def mixed(_context: Any, y: Any, ldy: Any, x: Any, ldx: Any, b: Any, ldb: Any, k: Any) -> Any:
+        return types.void(y, ldy, x, ldx, b, ldb, k), generate
+
+    return intrinsic(mixed)

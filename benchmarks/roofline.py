@@ -132,7 +132,14 @@ def adapters(config: PreTrainedConfig, rows: int, tasks: int, factored: bool) ->
 def measure_steps(backbone: Path, rows: int, context: int, tasks: int) -> tuple[list[float], str]:
     """Seconds of the forward pass of every step in which all rows decode, and the form of most."""
     found: list[StepRecord] = []
-    side = EngineSide(backbone, torch.bfloat16, routed=tasks > 0, seats=rows, watch=found.append)
+    side = EngineSide(
+        backbone,
+        torch.bfloat16,
+        routed=tasks > 0,
+        seats=rows,
+        step_tokens=rows * context,  # all prompts in one step, so that all rows decode together
+        watch=found.append,
+    )
     length = context - NEW // 2
     work: list[Work] = make_work(
         rows, max(tasks, 1), vocabulary=VOCABULARY, prompt=(length, length), new_tokens=(NEW, NEW)

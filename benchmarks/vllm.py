@@ -50,13 +50,15 @@ def main(
     requests: int = 64,
     rounds: int = 3,
     seats: Annotated[int, typer.Option(help="Sequences in the engine's batch")] = 64,
+    budget: Annotated[int, typer.Option(help="Tokens of the engine's step")] = 512,
     compiled: Annotated[bool, typer.Option(help="Whether vLLM compiles its bare engine")] = True,
 ) -> None:
     torch.set_num_threads(1)
     console = Console(width=110)
     python = environment("vllm", REQUIREMENT, without=UNUSED) / "python"
-    bare = EngineSide(backbone, torch.bfloat16, routed=False, seats=seats)
-    routed = EngineSide(backbone, torch.bfloat16, routed=True, seats=seats)
+    setting = {"seats": seats, "step_tokens": budget}
+    bare = EngineSide(backbone, torch.bfloat16, routed=False, **setting)
+    routed = EngineSide(backbone, torch.bfloat16, routed=True, **setting)
     work = functools.partial(make_work, vocabulary=VOCABULARY)
     with tempfile.TemporaryDirectory() as scratch:
         vllm = VllmSide(python, backbone, write_adapters(routed, Path(scratch), max(SETTINGS)))
@@ -65,15 +67,19 @@ def main(
             "engine, bare": functools.partial(_engine, bare, work(requests, 1)),
             "vLLM, bare": functools.partial(vllm, work(requests, 1), alone),
         }
-        for tasks, setting in SETTINGS.items():
+        for tasks, loras in SETTINGS.items():
             own = work(requests, tasks)
             sides[f"engine, {tasks} tasks"] = functools.partial(_engine, routed, own)
-            sides[f"vLLM, {tasks} LoRAs"] = functools.partial(vllm, own, setting)
+            sides[f"vLLM, {tasks} LoRAs"] = functools.partial(vllm, own, loras)
         for tasks in (1, 256):
             own = work(256, tasks)
             sides[f"engine, {tasks} tasks of 256"] = functools.partial(_engine, routed, own)
         rates = run_in_turn(sides, rounds, console)
-    report(rates, console, f"bfloat16, {requests} requests, 1 thread, {seats} seats")
+    report(
+        rates,
+        console,
+        f"bfloat16, {requests} requests, 1 thread, {seats} seats, {budget} tokens a step",
+    )
     for side in (bare, routed):
         side.engine.stop()
 

@@ -22,8 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from polyhead.adapters.compiled import READ, compiled_for
+from polyhead.adapters.cpu_pair_tiles import pairs_supported
 from polyhead.adapters.masked_attention import masked_attention
-from polyhead.server.engine import cpu_attention
+from polyhead.server.engine import cpu_attention, cpu_pair_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.kv_cache import KVStore
 
@@ -157,11 +158,19 @@ def _decode_compiled(
     factor = np.float32(q.shape[-1] ** -0.5 if scale is None else scale)
     seen = k.shape[2] if window is None else window
     lying = (stored(t) for t in (new_k, new_v, k, v))
+    if _in_pairs(q, k):
+        cpu_pair_attention.decode(stored(q), *lying, group.numbers, factor, seen, stored(out))
+        return
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape)
     numbers, found = group.numbers, wide.numpy()
     cpu_attention.decode(q.float().numpy(), *lying, numbers, factor, seen, found)
     if wide is not out:
         out[group.tokens] = wide[group.tokens].to(out.dtype)
+
+
+def _in_pairs(q: Tensor, k: Tensor) -> bool:
+    suited = cpu_pair_attention.suits(q.shape[1], k.shape[1], q.shape[2])
+    return q.dtype == k.dtype == torch.bfloat16 and suited and pairs_supported()
 
 
 def stored(t: Tensor) -> NDArray[Any]:

@@ -19,7 +19,7 @@ from polyhead.server.engine.request import Failure, Request, SamplingParams
 from polyhead.server.engine.sequence import Sequence
 
 CPU = torch.device("cpu")
-LAYERS, WIDTH = 2, 8
+LAYERS, WIDTH = 2, 16
 
 
 @dataclass(eq=False)
@@ -86,7 +86,9 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1), (10, 1)]
+)  # the last: more than share a tile
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("threads", [1, MOST_THREADS + 1], ids=["compiled", "torch"])
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
@@ -127,19 +129,21 @@ def test_random_steps_equal_plain_attention(
 
 
 @pytest.mark.parametrize("threads", [1, MOST_THREADS + 1], ids=["compiled", "torch"])
-def test_an_overflow_stays_visible_and_in_its_own_row(threads: int) -> None:
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
+def test_an_overflow_stays_visible_and_in_its_own_row(threads: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     texts = [text_of(9, 4, 2, generator) for _ in range(3)]
     space = KVSpace(2_000, 400)
-    store = KVStore(KVShape(LAYERS, 2, WIDTH), space.capacities, torch.float32, CPU)
+    store = KVStore(KVShape(LAYERS, 2, WIDTH), space.capacities, dtype, CPU)
     texts[1].q[0, 3, 5:] = torch.tensor([float("nan"), float("inf"), 3e38, -3e38])[:, None]
     for position in range(9):
         for text in texts:
             assert space.reserve(text.sequence, position + 1)
         rows = [Row(t.sequence, position, 1, space.place(t.sequence)) for t in texts]
         store.carry_out(space.drain())
-        q, k, v = (parts(rows, {t.sequence: t for t in texts}, name, 0) for name in "qkv")
+        owners = {t.sequence: t for t in texts}
+        q, k, v = (parts(rows, owners, name, 0).to(dtype) for name in "qkv")
         out = StepAttention(rows, store, CPU).attend(0, q, k, v, None, None)[0]
         sound = torch.isfinite(out).all(-1)
         assert sound[[0, 2]].all()

@@ -1,0 +1,98 @@
+"""Attention of decoding rows for bfloat16 on CPUs that multiply pairs of it: what `cpu_attention`
+does, all query heads that share keys at once.
+"""
+
+import numpy as np
+
+from polyhead.adapters.cpu_kernels import compiled
+from polyhead.adapters.cpu_pair_kernels import product
+from polyhead.adapters.cpu_pair_tiles import LANES, WIDE, mixture, narrow
+from polyhead.server.engine.cpu_attention import ORDERED, _exp
+
+f32 = np.float32
+_4, _3, _2, _1 = mixture(4, 2), mixture(3, 2), mixture(2, 4), mixture(1, 4)
+
+
+def suits(heads: int, kv_heads: int, width: int) -> bool:
+    """Whether heads of these numbers and width can be taken."""
+    return width % WIDE == 0 and heads // kv_heads <= LANES
+
+
+@compiled(fastmath=ORDERED)
+def decode(q, new_k, new_v, keys, values, numbers, scale, window, out):  # type: ignore[no-untyped-def]
+    """Arguments as in `cpu_attention.decode`; all of them bfloat16, as the bits of it."""
+    heads, width = q.shape[1], q.shape[2]
+    share = heads // keys.shape[1]
+    pairs = np.zeros((width // 2, LANES, 2), q.dtype)
+    products = np.empty((keys.shape[2], LANES), np.float32)
+    scores = np.empty((share, keys.shape[2]), np.float32)
+    found = np.empty((share, width), np.float32)
+    for i in range(numbers.shape[0]):
+        token, row, last = numbers[i]
+        first = max(0, last - window + 1)
+        for shared in range(keys.shape[1]):
+            k, v, h = keys[row, shared], values[row, shared], shared * share
+            k[last], v[last] = new_k[token, shared], new_v[token, shared]
+            _pair(q[token, h : h + share], pairs)
+            count = last + 1 - first
+            of, to = k.ctypes.data + 2 * first * width, products.ctypes.data
+            product(to, LANES, of, width, pairs.ctypes.data, LANES, count, width // 2, LANES)
+            for own in range(share):
+                _softmax(products, own, count, scale, scores[own])
+            _mix(scores, v.ctypes.data + 2 * first * width, count, found)
+            _write(found, out[token, h : h + share])
+
+
+@compiled(inline="always")
+def _pair(q, pairs):  # type: ignore[no-untyped-def]
+    """q `[share, d]` as a matrix to multiply by, `[d/2, LANES, 2]`."""
+    for own in range(q.shape[0]):
+        for p in range(pairs.shape[0]):
+            pairs[p, own, 0] = q[own, 2 * p]
+            pairs[p, own, 1] = q[own, 2 * p + 1]
+
+
+@compiled(fastmath=ORDERED)
+def _softmax(products, own, count, scale, scores):  # type: ignore[no-untyped-def]
+    high = f32(-np.inf)
+    for j in range(count):
+        score = products[j, own] * scale
+        scores[j] = score
+        high = score if score > high else high
+    total = f32(0.0)
+    for j in range(count):
+        scores[j] = _exp(scores[j] - high)
+        total += scores[j]
+    scale = f32(1.0) / total
+    for j in range(count):
+        scores[j] *= scale
+
+
+@compiled()
+def _mix(scores, v, count, found):  # type: ignore[no-untyped-def]
+    """found `[share, d]` = scores `[share, count]` times the values at the address v."""
+    share, width = found.shape
+    stride = scores.shape[1]
+    for column in range(0, width, WIDE):
+        to, of = found.ctypes.data + 4 * column, v + 2 * column
+        own = 0
+        while own < share:
+            y, x = to + 4 * own * width, scores.ctypes.data + 4 * own * stride
+            if share - own >= 4:
+                _4(y, width, x, stride, of, width, count)
+                own += 4
+            elif share - own == 3:
+                _3(y, width, x, stride, of, width, count)
+                own += 3
+            elif share - own == 2:
+                _2(y, width, x, stride, of, width, count)
+                own += 2
+            else:
+                _1(y, width, x, stride, of, width, count)
+                own += 1
+
+
+@compiled(inline="always")
+def _write(found, out):  # type: ignore[no-untyped-def]
+    for lane in range(0, found.size, LANES):
+        narrow(out.ctypes.data + 2 * lane, found.ctypes.data + 4 * lane)
