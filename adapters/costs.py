@@ -48,19 +48,25 @@ class RentOrBuy:
     def due(self, costs: FormCosts, tokens: Mapping[str, int], resident: Set[str]) -> set[str]:
         """Note what this step misses without the factors; answers whom to build for now.
 
-        That is one task at most, so that no step is held up by more than one building.
+        Those are the tasks whose building pays in this very step, as long prompts do, and one other
+        at most, so that no step is held up by more than one building.
         """
         ideal = costs.choose_combined(tokens, tokens.keys())
         missing = [key for key in tokens if key in ideal and key not in resident]
         everything = len(ideal) == len(tokens)
         share = costs.factored_step / len(missing) if everything and missing else 0.0
+        paying = {key for key in missing if costs.saving(tokens[key]) > costs.fold}
+        for key in paying:
+            self._missed.pop(key, None)
         for key in missing:
+            if key in paying:
+                continue
             saved = costs.saving(tokens[key]) + share
             missed = max(0.0, self._missed.pop(key, 0.0) + saved)  # a loss is nobody's debt
             self._missed[key] = missed
             if missed >= costs.fold:
                 del self._missed[key]
-                return {key}
+                return paying | {key}
         while len(self._missed) > self._most:
             del self._missed[next(iter(self._missed))]
-        return set()
+        return paying
