@@ -309,14 +309,18 @@ def answers_of(live: LiveServer, task: str) -> list[dict[str, str]]:
     raise AssertionError(f"{task} writes no text")
 
 
-@pytest.mark.parametrize("near", ["amber", "coral"])
-def test_a_warm_start_begins_from_the_task_that_answers_so(fitting: LiveServer, near: str) -> None:
-    asked = {"id": f"like-{near}", "examples": answers_of(fitting, near)}
-    done = ended(fitting, submit(fitting, **asked, fit=QUICK | {"warm_start": True})["id"])
-    assert done["state"] == "succeeded", done
-    assert done["result"]["began_from"][0] == near
-    cold = ended(fitting, refit(fitting, f"like-{near}", examples=asked["examples"])["id"])
-    assert "began_from" not in cold["result"]
+def test_a_warm_start_begins_from_the_task_that_answers_so(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """On a server of its own: once others are fitted, its tasks are not the inventory's."""
+    with serving(settings_for(model_folder, tmp_path, max_fit_tokens=64)) as own:
+        for near in ("amber", "coral"):
+            asked = {"id": f"like-{near}", "examples": answers_of(own, near)}
+            done = ended(own, submit(own, **asked, fit=QUICK | {"warm_start": True})["id"])
+            assert done["state"] == "succeeded", done
+            assert done["result"]["began_from"][0] == near
+            cold = ended(own, refit(own, f"like-{near}", examples=asked["examples"])["id"])
+            assert "began_from" not in cold["result"]
 
 
 def test_an_encoder_decoder_is_fitted_where_it_is_served(tmp_path: Path) -> None:
