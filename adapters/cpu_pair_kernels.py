@@ -6,110 +6,61 @@ pairs of rows, its columns a multiple of `LANES` (`pairs`). Sums and weights are
 import numpy as np
 
 from polyhead.adapters.cpu_kernels import BLOCK, compiled
-from polyhead.adapters.cpu_pair_tiles import LANES, add_scaled, narrow, tile
+from polyhead.adapters.cpu_pair_tiles import (
+    LANES,
+    add_scaled,
+    adding,
+    narrow,
+    rounding,
+    summing,
+)
 
-_8_32_f, _4_32_f, _1_32_f = (tile(n, 2, 16, u, "float32") for n, u in ((8, 1), (4, 1), (1, 4)))
-_8_16_f, _1_16_f = (tile(n, 1, 16, u, "float32") for n, u in ((8, 1), (1, 4)))
-_8_8_f, _1_8_f = (tile(n, 1, 8, u, "float32") for n, u in ((8, 1), (1, 4)))
-_4_16_n, _1_16_n = (tile(n, 1, 16, u, "bfloat16") for n, u in ((4, 2), (1, 4)))
-_4_8_n, _1_8_n = (tile(n, 1, 8, u, "bfloat16") for n, u in ((4, 2), (1, 4)))
-_8_32_a, _4_32_a, _1_32_a = (tile(n, 2, 16, 1, "add") for n in (8, 4, 1))
-_8_16_a, _1_16_a = (tile(n, 1, 16, 1, "add") for n in (8, 1))
-_8_8_a, _1_8_a = (tile(n, 1, 8, 1, "add") for n in (8, 1))
+TALL, SHORT, LONG = ((8, 1), (4, 1), (1, 4)), ((8, 1), (1, 4)), ((4, 2), (1, 4))
+FLAT = ((8, 1), (4, 1), (1, 1))
+"""Heights of tiles, each with its unroll: for sums of many, for narrow strips of them, for few rows
+of very many, and for sums of few."""
+_32, _16, _8 = summing(32, TALL), summing(16, SHORT), summing(8, SHORT)
+_16_rounding, _8_rounding = rounding(16, LONG), rounding(8, LONG)
+_32_adding, _16_adding, _8_adding = (adding(columns, FLAT) for columns in (32, 16, 8))
 
 
 @compiled()
 def product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
     """`y = x @ b` for y `[m, n]` float32."""
     column = 0
-    while column < n:
-        to, of, row = y + 4 * column, b + 4 * column, 0
-        if n - column >= 32:
-            while row + 8 <= m:
-                _8_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row + 4 <= m:
-                _4_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 4
-            while row < m:
-                _1_32_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 32
-        elif n - column >= 16:
-            while row + 8 <= m:
-                _8_16_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row < m:
-                _1_16_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 16
-        else:
-            while row + 8 <= m:
-                _8_8_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row < m:
-                _1_8_f(to + 4 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 8
+    while column + 32 <= n:
+        _32(y + 4 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
+        column += 32
+    if column + 16 <= n:
+        _16(y + 4 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
+        column += 16
+    if column < n:
+        _8(y + 4 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
 
 
 @compiled()
-def _narrow_product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
+def _rounded_product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
     """`y = x @ b` for y `[m, n]` bfloat16: few rows and columns, many pairs."""
     column = 0
-    while column < n:
-        to, of, row = y + 2 * column, b + 4 * column, 0
-        if n - column >= 16:
-            while row + 4 <= m:
-                _4_16_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 4
-            while row < m:
-                _1_16_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 16
-        else:
-            while row + 4 <= m:
-                _4_8_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 4
-            while row < m:
-                _1_8_n(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 8
+    while column + 16 <= n:
+        _16_rounding(y + 2 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
+        column += 16
+    if column < n:
+        _8_rounding(y + 2 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
 
 
 @compiled()
 def _add_product(y, ldy, x, ldx, b, ldb, m, pairs, n):  # type: ignore[no-untyped-def]
-    """`y += x @ b` for y `[m, n]` bfloat16."""
+    """`y += x @ b` for y `[m, n]` bfloat16: few pairs."""
     column = 0
-    while column < n:
-        to, of, row = y + 2 * column, b + 4 * column, 0
-        if n - column >= 32:
-            while row + 8 <= m:
-                _8_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row + 4 <= m:
-                _4_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 4
-            while row < m:
-                _1_32_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 32
-        elif n - column >= 16:
-            while row + 8 <= m:
-                _8_16_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row < m:
-                _1_16_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 16
-        else:
-            while row + 8 <= m:
-                _8_8_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 8
-            while row < m:
-                _1_8_a(to + 2 * row * ldy, ldy, x + 2 * row * ldx, ldx, of, ldb, pairs)
-                row += 1
-            column += 8
+    while column + 32 <= n:
+        _32_adding(y + 2 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
+        column += 32
+    if column + 16 <= n:
+        _16_adding(y + 2 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
+        column += 16
+    if column < n:
+        _8_adding(y + 2 * column, ldy, x, ldx, b + 4 * column, ldb, m, pairs)
 
 
 @compiled()
@@ -121,7 +72,7 @@ def combined_shrink(x, width, a, ranks, runs, hidden):  # type: ignore[no-untype
         if rank > 0:
             to = hidden.ctypes.data + 2 * first * hidden.shape[1]
             own, pairs = x + 2 * first * width, width // 2
-            _narrow_product(to, hidden.shape[1], own, width, a[task], rank, count, pairs, rank)
+            _rounded_product(to, hidden.shape[1], own, width, a[task], rank, count, pairs, rank)
 
 
 @compiled()

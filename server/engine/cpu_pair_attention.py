@@ -6,11 +6,11 @@ import numpy as np
 
 from polyhead.adapters.cpu_kernels import compiled
 from polyhead.adapters.cpu_pair_kernels import product
-from polyhead.adapters.cpu_pair_tiles import LANES, WIDE, mixture, narrow
+from polyhead.adapters.cpu_pair_tiles import LANES, WIDE, mixing, narrow
 from polyhead.server.engine.cpu_attention import ORDERED, _exp
 
 f32 = np.float32
-_4, _3, _2, _1 = mixture(4, 2), mixture(3, 2), mixture(2, 4), mixture(1, 4)
+_mixed = mixing(((4, 2), (3, 2), (2, 4), (1, 4)))
 
 
 def suits(heads: int, kv_heads: int, width: int) -> bool:
@@ -72,24 +72,9 @@ def _softmax(products, own, count, scale, scores):  # type: ignore[no-untyped-de
 def _mix(scores, v, count, found):  # type: ignore[no-untyped-def]
     """found `[share, d]` = scores `[share, count]` times the values at the address v."""
     share, width = found.shape
-    stride = scores.shape[1]
     for column in range(0, width, WIDE):
         to, of = found.ctypes.data + 4 * column, v + 2 * column
-        own = 0
-        while own < share:
-            y, x = to + 4 * own * width, scores.ctypes.data + 4 * own * stride
-            if share - own >= 4:
-                _4(y, width, x, stride, of, width, count)
-                own += 4
-            elif share - own == 3:
-                _3(y, width, x, stride, of, width, count)
-                own += 3
-            elif share - own == 2:
-                _2(y, width, x, stride, of, width, count)
-                own += 2
-            else:
-                _1(y, width, x, stride, of, width, count)
-                own += 1
+        _mixed(to, width, scores.ctypes.data, scores.shape[1], of, width, share, count)
 
 
 @compiled(inline="always")
