@@ -34,7 +34,7 @@ def skill_dtype(dtype: torch.dtype, device: torch.device, in_pairs: bool) -> tor
     """What the skills of a backbone are kept in: its own dtype, but float32 for bfloat16 where only
     the kernels of float32 serve. Skills are small beside the backbone.
 
-    in_pairs: whether their shapes suit the kernels of bfloat16 (`pairs.fits`).
+    in_pairs: whether their shapes suit the kernels of bfloat16 (`pairs.header_suits`).
     """
     if dtype != torch.bfloat16 or (in_pairs and compiled_for(dtype, device)):
         return dtype

@@ -15,7 +15,7 @@ from polyhead.adapters.inventory import Inventory, ModuleShape
 from polyhead.adapters.kernels import Kernels
 from polyhead.adapters.layers import RoutedLinear
 from polyhead.adapters.ops import SkillGroup
-from polyhead.adapters.pairs import fits
+from polyhead.adapters.pairs import header_suits
 from polyhead.adapters.plan import Adapter, GroupSlot, Plan
 from polyhead.adapters.planner import Planner
 from polyhead.adapters.sharding import HeadParts
@@ -97,7 +97,7 @@ class Injection:
         parts = {n: HeadParts.of(m, inventory.header.heads) for n, m in self._originals.items()}
         groups = _shared_inputs(model, self._originals)
         weight = next(model.parameters())
-        dtype = skill_dtype(weight.dtype, weight.device, fits(inventory.header))
+        dtype = skill_dtype(weight.dtype, weight.device, header_suits(inventory.header))
         self.slots = _pack_groups(inventory, groups, parts, weight.device, dtype)
         order = {module.name: i for i, module in enumerate(inventory.header.modules)}
         flat = [order[name] for names in groups for name in names]

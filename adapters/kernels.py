@@ -22,7 +22,7 @@ from polyhead.adapters.pairs import (
     PairedFactors,
     PairedSkills,
     PairedStep,
-    fit,
+    group_suits,
 )
 from polyhead.adapters.plan import Plan, Step
 
@@ -52,7 +52,7 @@ def kernels_for(
     if compiled_for(dtype, device):
         if dtype == torch.float32:
             return CompiledKernels()
-        if all(fit(group) for group in groups):
+        if all(group_suits(group) for group in groups):
             return PairedKernels(groups)
     if device.type == "cuda" and find_spec("triton") is not None:
         return TritonKernels(dtype)

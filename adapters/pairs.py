@@ -24,22 +24,22 @@ from polyhead.adapters.cpu_pair_tiles import LANES
 from polyhead.adapters.inventory import InventoryHeader
 
 
-def fits(header: InventoryHeader) -> bool:
+def header_suits(header: InventoryHeader) -> bool:
     """Whether skills of these shapes have whole pairs and whole vectors in every head."""
     heads = header.heads
     return all(
-        _fit(heads, header.skills * header.rank, module.in_features, [module.out_features])
+        _suits(heads, header.skills * header.rank, module.in_features, [module.out_features])
         for module in header.modules
     )
 
 
-def fit(group: ops.SkillGroup) -> bool:
+def group_suits(group: ops.SkillGroup) -> bool:
     """The same of a group that is packed already, all its heads here."""
     widths = [group.heads * b.shape[2] for b in group.b]
-    return _fit(group.heads, group.columns, group.heads * group.a.shape[1], widths)
+    return _suits(group.heads, group.columns, group.heads * group.a.shape[1], widths)
 
 
-def _fit(heads: int, columns: int, width: int, outputs: Sequence[int]) -> bool:
+def _suits(heads: int, columns: int, width: int, outputs: Sequence[int]) -> bool:
     whole = all(output % (LANES * heads) == 0 for output in outputs)
     return whole and width % (2 * heads) == 0 and columns % LANES == 0
 

@@ -20,8 +20,8 @@ from polyhead.adapters.pairs import (
     PairedFactors,
     PairedSkills,
     PairedStep,
-    fit,
-    fits,
+    group_suits,
+    header_suits,
     paired,
 )
 from polyhead.adapters.plan import Adapter, use_plan
@@ -110,7 +110,7 @@ def test_the_factored_kernel_is_the_reference(
     a = [normal(heads, skills, inner, rank, seed=g) for g in range(3)]
     b = [normal(heads, skills, rank, out, seed=9 + g) for g, out in enumerate(outs)]
     group = ops.SkillGroup.pack(a, b, 1.0, BF16)
-    assert fit(group)
+    assert group_suits(group)
     x = normal(tokens, heads * inner, seed=5)
     weights = torch.softmax(8 * normal(7, 3, heads, skills, seed=6).float(), -1)
     own = torch.arange(tokens)[tokens_of]
@@ -166,7 +166,7 @@ def test_a_step_of_a_mixed_batch_is_that_of_torch(form: str) -> None:
         torch.set_num_threads(threads)
         model = tiny_model(hidden_size=128, intermediate_size=256).to(BF16)
         inventory = tiny_inventory(model, heads=4, skills=4, rank=2)
-        assert fits(inventory.header)
+        assert header_suits(inventory.header)
         injection = inject(model, inventory)
         injection.planner.costs = FORMS[form]
         tasks = [random_task(inventory, f"{i}", i) for i in range(3)]
@@ -184,8 +184,8 @@ def test_a_step_of_a_mixed_batch_is_that_of_torch(form: str) -> None:
 def test_shapes_that_do_not_come_in_pairs_are_widened() -> None:
     model = tiny_model().to(BF16)
     odd = tiny_inventory(model, heads=4, skills=4, rank=3)  # 12 columns a head
-    assert not fits(odd.header)
-    assert skill_dtype(BF16, CPU, fits(odd.header)) == torch.float32
+    assert not header_suits(odd.header)
+    assert skill_dtype(BF16, CPU, header_suits(odd.header)) == torch.float32
     assert inject(model, odd).slots[0].group.a.dtype == torch.float32
 
 
