@@ -1,60 +1,29 @@
 """Greedy answers of mixed batches against each task's own merged model, run alone."""
 
 import random
-import time
-from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
+from exactness_world import KINDS, Served, answer_in_motion
 from factories import (
     Collector,
     alone,
     make_engine,
-    merged,
-    random_private,
-    random_task,
-    tiny_inventory,
     tiny_model,
 )
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polyhead.adapters.inject import Injection, inject
-from polyhead.adapters.plan import Adapter, RoutedTask
-from polyhead.adapters.routing import mix
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.request import Output, Request, SamplingParams
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gpt2"]
-KINDS = ["routed", "other", "private", "mixture", "base"]
-
-
-@dataclass(frozen=True)
-class Served:
-    """A backbone with adapters in it, and beside it every task's merged model."""
-
-    model: PreTrainedModel
-    injection: Injection
-    adapters: dict[str, Adapter]
-    references: dict[str, PreTrainedModel]
 
 
 @cache
 def served(family: str) -> Served:
-    torch.set_num_threads(1)
-    model = tiny_model(family)
-    inventory = tiny_inventory(model)
-    routed, other = random_task(inventory, "routed", 1), random_task(inventory, "other", 2)
-    adapters: dict[str, Adapter] = {
-        "routed": routed,
-        "other": other,
-        "private": random_private(inventory, 3),
-        "mixture": RoutedTask("mixture", mix([(routed.weights, 0.3), (other.weights, 0.7)])),
-        "base": None,
-    }
-    references = {kind: merged(model, inventory, adapters[kind]) for kind in KINDS}
-    return Served(model, inject(model, inventory), adapters, references)
+    return Served.of(tiny_model(family))
 
 
 def requests(bench: Served, count: int, seed: int) -> list[Request]:
@@ -76,13 +45,6 @@ def requests(bench: Served, count: int, seed: int) -> list[Request]:
     return made
 
 
-def wait_until_first_token(collector: Collector, request: Request) -> None:
-    until = time.monotonic() + 60
-    while request.id not in collector.events:
-        assert time.monotonic() < until
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("kv_tokens", [4096, 500], ids=["roomy", "preempting"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batches_equal_merged_models_alone(family: str, kv_tokens: int) -> None:
@@ -94,23 +56,10 @@ def test_mixed_batches_equal_merged_models_alone(family: str, kv_tokens: int) ->
     engine = make_engine(
         bench.model, bench.injection, collector, kv_tokens=kv_tokens, longest=min(512, kv_tokens)
     )
-    engine.start()
-    for request in [*leaving, *asked[:7]]:
-        engine.submit(request)
-    wait_until_first_token(collector, asked[0])
-    for request in asked[7:]:  # these join while others decode
-        engine.submit(request)
-    for request in leaving:
-        engine.abort(request.id)
-    answers = {request.id: collector.tokens(request) for request in asked}
-    for request in leaving:
-        said = collector.tokens(request)
-        assert said == alone(bench.references["base"], request)[: len(said)]
-    preemptions = engine.stats().preemptions
-    engine.stop()
+    answers, stats = answer_in_motion(bench, engine, collector, asked, leaving)
     for request in asked:
         assert answers[request.id] == alone(bench.references[request.task], request), request.id
-    assert (preemptions > 0) == (kv_tokens == 500)
+    assert (stats.preemptions > 0) == (kv_tokens == 500)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

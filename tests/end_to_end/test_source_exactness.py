@@ -1,64 +1,39 @@
 """T5 in the engine: mixed batches against each task's own merged model, run alone."""
 
 import random
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from exactness_world import KINDS, Served, answer_in_motion
 from factories import (
     VOCAB,
     Collector,
     alone,
     make_engine,
     merged,
-    random_private,
     random_task,
     restless_t5,
     tiny_inventory,
 )
 from transformers import PreTrainedModel
 
-from polyhead.adapters.inject import Injection, inject
-from polyhead.adapters.plan import Adapter, RoutedTask
-from polyhead.adapters.routing import mix
+from polyhead.adapters.inject import inject
+from polyhead.adapters.plan import Adapter
 from polyhead.server.engine import source_attention
 from polyhead.server.engine.batch import Row
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.request import Failure, Output, Request, SamplingParams
 
 STACKS = ["relu", "gated-gelu"]  # T5; T5 1.1, Flan-T5, T0 and mT5
-KINDS = ["routed", "other", "private", "mixture", "base"]
-
-
-@dataclass(frozen=True)
-class Served:
-    """A backbone with adapters in it, and beside it every task's merged model."""
-
-    model: PreTrainedModel
-    injection: Injection
-    adapters: dict[str, Adapter]
-    references: dict[str, PreTrainedModel]
 
 
 @cache
 def served(stack: str) -> Served:
-    torch.set_num_threads(1)
-    model = restless_t5(stack)
-    inventory = tiny_inventory(model)
-    routed, other = random_task(inventory, "routed", 1), random_task(inventory, "other", 2)
-    adapters: dict[str, Adapter] = {
-        "routed": routed,
-        "other": other,
-        "private": random_private(inventory, 3),
-        "mixture": RoutedTask("mixture", mix([(routed.weights, 0.3), (other.weights, 0.7)])),
-        "base": None,
-    }
-    references = {kind: merged(model, inventory, adapters[kind]) for kind in KINDS}
-    return Served(model, inject(model, inventory), adapters, references)
+    return Served.of(restless_t5(stack))
 
 
 def ask(bench: Served, name: str, kind: str, source: tuple[int, ...], **more: Any) -> Request:
@@ -74,13 +49,6 @@ def requests(bench: Served, count: int, seed: int) -> list[Request]:
         tokens = 140 if i in (1, 2, 3) else draw.choice([1, 12, 30])  # these outgrow their rows
         made.append(ask(bench, f"r{i}", KINDS[i % len(KINDS)], source, max_tokens=tokens))
     return made
-
-
-def wait_until_first_token(collector: Collector, request: Request) -> None:
-    until = time.monotonic() + 60
-    while request.id not in collector.events:
-        assert time.monotonic() < until
-        time.sleep(0.002)
 
 
 def answers_of(engine: Engine, collector: Collector, asked: list[Request]) -> list[list[int]]:
@@ -100,20 +68,7 @@ def test_mixed_batches_equal_merged_models_alone(stack: str, kv_tokens: int) -> 
     leaving = [ask(bench, f"leaves{i}", "base", (65 + i,), max_tokens=300) for i in range(2)]
     collector = Collector()
     engine = make_engine(bench.model, bench.injection, collector, kv_tokens=kv_tokens)
-    engine.start()
-    for request in [*leaving, *asked[:7]]:
-        engine.submit(request)
-    wait_until_first_token(collector, asked[0])
-    for request in asked[7:]:  # these join while others decode
-        engine.submit(request)
-    for request in leaving:
-        engine.abort(request.id)
-    answers = {request.id: collector.tokens(request) for request in asked}
-    for request in leaving:
-        said = collector.tokens(request)
-        assert said == alone(bench.references["base"], request)[: len(said)]
-    stats = engine.stats()
-    engine.stop()
+    answers, stats = answer_in_motion(bench, engine, collector, asked, leaving)
     distinct = 0
     for request in asked:
         expected = alone(bench.references[request.task], request)
