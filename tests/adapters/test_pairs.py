@@ -92,42 +92,58 @@ def test_another_tasks_factors_are_told_apart() -> None:
         assert min(combined_errors(ranks, (48, 40), 1)) > WRONG
 
 
-SHAPES = [
-    (8, 8, 8, 72, 64),
-    (1, 4, 2, 2, 3),
-    (64, 8, 1, 8, 50),
-    (4, 2, 16, 24, 131),
-    (2, 3, 8, 6, 9),
-]
-
-
-@pytest.mark.parametrize("tokens_of", [slice(None), slice(1, None, 2)])
-@pytest.mark.parametrize(("heads", "skills", "rank", "inner", "tokens"), SHAPES)
-def test_the_factored_kernel_is_the_reference(
-    heads: int, skills: int, rank: int, inner: int, tokens: int, tokens_of: slice
-) -> None:
+def factored_errors(
+    shape: tuple[int, int, int, int], tokens: int, own: Tensor, shift: int
+) -> list[float]:
+    """Of each module of a group of three, when each of the tokens `own` gets the weights of the
+    task `shift` further; shape: heads, skills, rank, input features of a head."""
+    heads, skills, rank, inner = shape
     outs = [8, 16, 72]
     a = [normal(heads, skills, inner, rank, seed=g) for g in range(3)]
     b = [normal(heads, skills, rank, out, seed=9 + g) for g, out in enumerate(outs)]
     group = ops.SkillGroup.pack(a, b, 1.0, BF16)
     assert group_suits(group)
-    x = normal(tokens, heads * inner, seed=5)
+    x, laid = normal(tokens, heads * inner, seed=5), PairedSkills.of(group)
     weights = torch.softmax(8 * normal(7, 3, heads, skills, seed=6).float(), -1)
-    own = torch.arange(tokens)[tokens_of]
+    everything = slice(0, len(own))
     places = own if len(own) < tokens else slice(0, tokens)
-    for shift, wrong in ((0, False), (1, True)):
-        rows = weights[(own + shift) % 7]
-        everything = slice(0, len(own))
-        kernel = PairedFactored.of(places, rows, [(everything, everything)])
-        skills_of = PairedSkills.of(group)
-        mixed = kernel.shrink(skills_of.a, 3, rank, 0, x)
-        for g, (a_g, b_g) in enumerate(zip(a, b, strict=True)):
-            found = torch.zeros(tokens, heads * outs[g], dtype=BF16)
-            kernel.expand(skills_of.b[g], g, g, mixed, found)
-            expected = torch.zeros(found.shape)
-            expected[own] = ops.reference(x[own], a_g, b_g, weights[own % 7, g], 1.0)
-            error = distance(found, expected)
-            assert error > WRONG if wrong else error < ROUNDED
+    kernel = PairedFactored.of(places, weights[(own + shift) % 7], [(everything, everything)])
+    mixed, errors = kernel.shrink(laid.a, 3, rank, 0, x), []
+    for g, (a_g, b_g) in enumerate(zip(a, b, strict=True)):
+        found = torch.zeros(tokens, heads * outs[g], dtype=BF16)
+        kernel.expand(laid.b[g], g, g, mixed, found)
+        expected = torch.zeros(found.shape)
+        expected[own] = ops.reference(x[own], a_g, b_g, weights[own % 7, g], 1.0)
+        errors.append(distance(found, expected))
+    return errors
+
+
+WHOLE = st.tuples(st.integers(1, 16), st.integers(1, 64)).filter(lambda sr: not sr[0] * sr[1] % 8)
+"""Skills and ranks that fill whole vectors."""
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    heads=st.sampled_from([1, 2, 3, 8, 64]),
+    skills_rank=WHOLE,
+    pairs=st.integers(1, 12),
+    tokens=st.integers(1, 140),
+    every=st.integers(1, 3),
+)
+@example(heads=8, skills_rank=(8, 8), pairs=36, tokens=64, every=1)
+@example(heads=64, skills_rank=(8, 1), pairs=4, tokens=50, every=2)
+def test_the_factored_kernel_is_the_reference(
+    heads: int, skills_rank: tuple[int, int], pairs: int, tokens: int, every: int
+) -> None:
+    own = torch.arange(0, tokens, every)
+    assert max(factored_errors((heads, *skills_rank, 2 * pairs), tokens, own, 0)) < ROUNDED
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 8, 8, 72), (1, 4, 2, 2), (64, 8, 1, 8), (2, 3, 8, 6)])
+def test_another_tasks_weights_are_told_apart(shape: tuple[int, int, int, int], every: int) -> None:
+    """Control of the test above."""
+    assert min(factored_errors(shape, 9, torch.arange(0, 9, every), 1)) > WRONG
 
 
 @pytest.mark.parametrize(("skills", "rank"), [(8, 8), (4, 4), (2, 12)])
