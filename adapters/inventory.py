@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor, nn
 
 from polyhead.adapters.errors import BackboneMismatch, InventoryError, RoutingError
+from polyhead.adapters.generator import GENERATOR_FILE, Generator
 from polyhead.adapters.routing import Layout, Routing
 from polyhead.adapters.tensor_files import read_tensors, tensor_bytes, write_tensors
 
@@ -89,7 +90,8 @@ class Inventory:
     """Skills of every module: `a[name]` is `[H, S, I/H, r]`, `b[name]` is `[H, S, r, O/H]`.
 
     `tasks` holds the routings that were trained together with the skills, by task name;
-    `templates` what those tasks wrap around an input, where they were trained with one.
+    `templates` what those tasks wrap around an input, where they were trained with one;
+    `generator`, where there is one, makes routings of contexts. None of them is in the fingerprint.
     Raises `InventoryError` when header and tensors disagree or a number is not finite.
     """
 
@@ -115,6 +117,7 @@ class Inventory:
         }
         self.tasks = dict(tasks or {})
         self.templates = dict(templates or {})
+        self.generator: Generator | None = None
 
     @cached_property
     def layout(self) -> Layout:
@@ -191,10 +194,17 @@ class Inventory:
             except RoutingError as exc:
                 raise InventoryError(f"{path}: {exc}") from exc
         inventory.templates = _read_templates(folder / TASK_FOLDER / TEMPLATE_FILE, inventory.tasks)
+        if (folder / GENERATOR_FILE).exists():
+            inventory.generator = inventory.read_generator((folder / GENERATOR_FILE).read_bytes())
         return inventory
 
+    def read_generator(self, data: bytes) -> Generator:
+        """Raises `InventoryError` where it is unsound or was made for other skills."""
+        backbone = self.header.backbone.fingerprint
+        return Generator.from_safetensors(data, self.layout, self.fingerprint, backbone)
+
     def save(self, folder: Path | str) -> None:
-        """Write the folder that `load` reads; tasks that an older inventory left there go.
+        """Write the folder that `load` reads; what an older inventory left there goes.
 
         Raises `InventoryError` when a task's name cannot be a file's.
         """
@@ -215,6 +225,9 @@ class Inventory:
         templates.unlink(missing_ok=True)
         if self.templates:
             templates.write_text(json.dumps(self.templates, indent=2, sort_keys=True) + "\n")
+        (folder / GENERATOR_FILE).unlink(missing_ok=True)
+        if self.generator is not None:
+            (folder / GENERATOR_FILE).write_bytes(self.generator.to_safetensors())
 
     def check_backbone(self, backbone: BackboneRef) -> None:
         """Raises `BackboneMismatch` that names both when this inventory is for another backbone."""
