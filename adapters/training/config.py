@@ -12,7 +12,7 @@ from polyhead.adapters.routing import Granularity
 from polyhead.adapters.training.encode import DEFAULT_TEMPLATE
 from polyhead.adapters.training.errors import ConfigError
 
-Method = Literal["lora", "poly", "mhr", "mu-zero-shot"]
+Method = Literal["lora", "poly", "mhr", "mu-zero-shot", "generator"]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -56,6 +56,14 @@ class SkillsPart(Part):
         default=False, description="Sample weights from a relaxed Bernoulli distribution"
     )
     dtype: DtypeName = Field(default="float32", description="Numbers of the written inventory")
+
+
+class GeneratorPart(Part):
+    """`[generator]`: of `method = "generator"`, which makes routings of contexts."""
+
+    rank: Count = Field(default=32, description="R of the map from embeddings to coefficients")
+    context: Count = Field(default=16, description="Examples of a context at most; 1 at least")
+    pool: Count = Field(default=64, description="Examples of each task that contexts are made of")
 
 
 class OptimiserPart(Part):
@@ -119,6 +127,7 @@ class TrainingConfig(Part):
     seed: int = 0
     data: DataPart
     skills: SkillsPart = SkillsPart()
+    generator: GeneratorPart = GeneratorPart()
     optimiser: OptimiserPart = OptimiserPart()
     batch: BatchPart = BatchPart()
     records: RecordsPart = RecordsPart()
@@ -129,8 +138,8 @@ class TrainingConfig(Part):
         if one_head or (self.method == "lora" and self.skills.skills != 1):
             wanted = "heads = 1, skills = 1" if self.method == "lora" else "heads = 1"
             raise ValueError(f"method {self.method!r} means {wanted} in [skills]")
-        if self.method == "mu-zero-shot" and self.start is None:
-            raise ValueError("mu-zero-shot needs an inventory to `start` from")
+        if self.method in ("mu-zero-shot", "generator") and self.start is None:
+            raise ValueError(f"{self.method} needs an inventory to `start` from")
         return self
 
     @property

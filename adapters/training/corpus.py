@@ -18,6 +18,7 @@ class Corpus:
     """Tasks in the order of their names, the examples of each, and where they came from."""
 
     tasks: tuple[str, ...]
+    examples: tuple[tuple[Example, ...], ...]
     encoded: tuple[tuple[Encoded, ...], ...]
     sources: tuple[dict[str, Any], ...]  # path, sha256, examples
 
@@ -38,7 +39,7 @@ def read_corpus(config: DataPart, tokenizer: Any, *, closed: bool = False) -> Co
     encoded = tuple(
         tuple(_encoder(config, tokenizer, task, closed).encode(own)) for task, own in tasks.items()
     )
-    return Corpus(tuple(tasks), encoded, tuple(sources))
+    return Corpus(tuple(tasks), tuple(map(tuple, tasks.values())), encoded, tuple(sources))
 
 
 def _encoder(config: DataPart, tokenizer: Any, task: str, closed: bool) -> Encoder:

@@ -15,6 +15,7 @@ from polyhead.adapters.inventory import (
     ModuleShape,
 )
 from polyhead.adapters.routing import Layout, Routing
+from polyhead.adapters.training.answers import Encoded
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.errors import ConfigError
 from polyhead.adapters.training.skills import Routings, SharedSkills
@@ -52,6 +53,9 @@ class Plan:
             self._take_routings(routings, inventory)
         self.layout = layout
         self.source = RoutedSource(skills, routings)
+
+    def begin(self, step: int, drawn: Sequence[tuple[int, Encoded]]) -> None:
+        """Called before each step with what it learns from; the same on every process."""
 
     @property
     def modules(self) -> tuple[ModuleShape, ...]:

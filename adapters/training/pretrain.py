@@ -37,6 +37,7 @@ from polyhead.adapters.training.checkpoint import (
 from polyhead.adapters.training.config import TrainingConfig
 from polyhead.adapters.training.corpus import Corpus, read_corpus
 from polyhead.adapters.training.errors import CheckpointError, ConfigError
+from polyhead.adapters.training.generated import GeneratorPlan
 from polyhead.adapters.training.methods import Plan
 from polyhead.adapters.training.mixture import Mixture
 from polyhead.adapters.training.reading import closes_prompts
@@ -83,7 +84,10 @@ def pretrain(
     model = _load(backbone, config.batch.bfloat16, accelerator.device)
     tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
     corpus = read_corpus(config.data, tokenizer, closed=closes_prompts(model))
-    plan = Plan(config, model, backbone.name, corpus.tasks)
+    if config.method == "generator":
+        plan: Plan = GeneratorPlan(config, model, backbone.name, corpus, tokenizer)
+    else:
+        plan = Plan(config, model, backbone.name, corpus.tasks)
     run = Run(config, corpus, plan, model, accelerator)
     run.resume()
     with _records(config, run.step, accelerator.is_main_process) as records:
@@ -195,6 +199,8 @@ class Run:
         """SHA-256 of whatever the curve depends on."""
         plain = self._config.model_dump(mode="json", exclude={"output", "records", "backbone"})
         plain["batch"].pop("threads")
+        if self._config.method != "generator":
+            plain.pop("generator")
         plain["backbone"] = self._plan.backbone.fingerprint
         plain["start"] = self._plan.start
         plain["data"]["train"] = [source["sha256"] for source in self._corpus.sources]

@@ -70,6 +70,7 @@ class Stepper:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         # Sampled weights, too, are a function of the step, so a resumed run draws the same.
         torch.manual_seed(random.Random(f"{self._config.seed}/{step}/{rank}").getrandbits(63))
+        self._plan.begin(step, drawn)
         own = shares(drawn, self._parts)[rank::world]
         watched = self._watch(step)
         sums = torch.zeros(2, len(self._plan.tasks), device=self._accelerator.device)

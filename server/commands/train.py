@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def train_command(
     config: Annotated[Path, typer.Option(help="TOML file that describes the run")],
     method: Annotated[
-        str | None, typer.Option(help="lora, poly, mhr or mu-zero-shot instead of the file's")
+        str | None,
+        typer.Option(help="lora, poly, mhr, mu-zero-shot or generator instead of the file's"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
