@@ -4,9 +4,11 @@ For the attention alone the examples are laid out in short rows, several to a ro
 tasks, so that nothing is computed between tokens of examples that lie far apart.
 """
 
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -71,12 +73,16 @@ def _attention_forward(
         )
     batch = board.work.row
     # Autocast may leave q and k wider than v, but kernels want the mask and all three of one type.
+    # torch's CPU kernel goes back through short rows of bfloat16 in 2.6 times float32's time.
+    on_cpu = value.device.type == "cpu"
+    dtype = torch.float32 if on_cpu else value.dtype
     q, k, v = (
-        _spread(t[0].transpose(0, 1).to(value.dtype), batch.places, batch.rows)
+        _spread(t[0].transpose(0, 1).to(dtype), batch.places, batch.rows)
         for t in (query, key, value)
     )
-    mask = batch.row_mask(value.dtype, kwargs.get("sliding_window"))
-    found = masked_attention(q, k, v, mask, kwargs.get("scaling"))
+    mask = batch.row_mask(dtype, kwargs.get("sliding_window"))
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        found = masked_attention(q, k, v, mask, kwargs.get("scaling")).to(value.dtype)
     flat = found.transpose(1, 2).flatten(0, 1)  # [R * L, heads, d]
     return flat.index_select(0, batch.places).unsqueeze(0), None
 
