@@ -75,7 +75,8 @@ def fit(
 ) -> list[FitResult]:
     """Fit tasks together; a task's result does not depend on the others.
 
-    model: a bare float32 backbone, bare again afterwards. tokenizer: its transformers tokenizer.
+    model: a bare backbone in float32 or bfloat16, bare again afterwards; what is learned is
+    float32. tokenizer: its transformers tokenizer.
     report: called after every step, once for each task. pause: called before every forward pass,
     each of at most about `micro_tokens` tokens; may block, or raise `FitInterrupted`. cancelled:
     asked by task name before every step. state_file: read if it is there, kept up to date, left

@@ -30,19 +30,22 @@ def one_line_errors() -> Iterator[None]:
         fail(str(exc), 1)
 
 
-def load_for_fitting(backbone: str, device: str = "auto") -> tuple[Any, Any]:
-    """A float32 backbone and its transformers tokenizer. Raises `BackboneError`."""
+def load_for_fitting(backbone: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """A backbone, in what fits compute in, and its transformers tokenizer.
+
+    Raises `BackboneError`.
+    """
     from transformers import AutoTokenizer
 
     from polyhead.server.engine.backbone import (
         find_backbone,
         load_backbone,
         pick_device,
-        pick_dtype,
+        pick_fit_dtype,
     )
 
     folder: Path = find_backbone(backbone)
     place = pick_device(device)
-    model = load_backbone(folder, pick_dtype("float32", place), place, any_kind=True)
+    model = load_backbone(folder, pick_fit_dtype(dtype, place), place, any_kind=True)
     loose: Any = AutoTokenizer
     return model, loose.from_pretrained(folder, local_files_only=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,10 @@ def fit_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn")] = None,
     device: Annotated[str, typer.Option(help="A torch device, or auto")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Numbers of the frozen backbone; auto is bfloat16 on a CPU that has it"),
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Fit tasks to a few examples each, all of them in one batch."""
@@ -73,7 +77,7 @@ def fit_command(
     with one_line_errors():
         options = {name: value for name, value in given.items() if value is not None}
         tasks = _read_tasks(examples, task, template, options)
-        loaded, results = _fit(tasks, inventory, backbone, device)
+        loaded, results = _fit(tasks, inventory, backbone, device, dtype)
         if out is not None:
             _write(results, out, several=len(tasks) > 1)
         if data_dir is not None:
@@ -106,14 +110,14 @@ def _read_tasks(
 
 
 def _fit(
-    tasks: Sequence["FitTask"], inventory: Path, backbone: str, device: str
+    tasks: Sequence["FitTask"], inventory: Path, backbone: str, device: str, dtype: str
 ) -> tuple["Inventory", list["FitResult"]]:
     from polyhead.adapters.inventory import Inventory
     from polyhead.adapters.training.fewshot import fit
     from polyhead.server.commands.progress import FitBars
 
     loaded = Inventory.load(inventory)
-    model, tokenizer = load_for_fitting(backbone, device)
+    model, tokenizer = load_for_fitting(backbone, device, dtype)
     with FitBars() as bars:
         results = fit(
             model, loaded, tokenizer, tasks, report=bars.report, micro_tokens=MICRO_TOKENS

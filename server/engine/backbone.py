@@ -99,6 +99,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def pick_fit_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """What a fit's frozen backbone computes in; what is learned is float32 always.
+
+    bfloat16 on a CPU that would serve in it, at half the time a step. float32 elsewhere: float16's
+    gradients overflow, and attention of bfloat16 on a GPU once looked ahead (`masked_attention`).
+    """
+    serves_in = pick_dtype(wanted, device)
+    return torch.bfloat16 if (device.type, serves_in) == ("cpu", torch.bfloat16) else torch.float32
+
+
 def decoder_start(model: PreTrainedModel) -> int | None:
     """What an encoder-decoder's answers begin with; None for a causal model. Raises
     `BackboneError` where the backbone does not say."""

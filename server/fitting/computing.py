@@ -20,7 +20,7 @@ from polyhead.adapters.training.fewshot import (
     FitTask,
     fit,
 )
-from polyhead.server.engine.backbone import load_backbone
+from polyhead.server.engine.backbone import load_backbone, pick_fit_dtype
 from polyhead.server.fitting.gate import Gate
 from polyhead.server.fitting.worker import Control
 from polyhead.server.wire import Wire
@@ -36,8 +36,8 @@ class Computer:
 
     def __init__(self, load: dict[str, Any], wire: Wire, control: Control, gate: Gate) -> None:
         folder = Path(load["backbone"])
-        # A fit computes in float32, whatever serving does.
-        self._model = load_backbone(folder, torch.float32, torch.device(load["device"]))
+        device = torch.device(load["device"])
+        self._model = load_backbone(folder, pick_fit_dtype(load["dtype"], device), device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._inventory = Inventory.load(load["inventory"])
         self._max_tokens = load["max_tokens"]

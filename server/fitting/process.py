@@ -26,6 +26,7 @@ class WorkerOptions:
     backbone: str  # a folder
     inventory: str  # a folder
     device: str
+    dtype: str  # the server's setting; see `pick_fit_dtype`
     share: float  # of the time while the server is busy, above 0
     threads: int | None  # while it is not; None leaves torch's choice
     max_tokens: int  # of an example

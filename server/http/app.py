@@ -210,6 +210,7 @@ def _lane_options(settings: Settings, loaded: Loaded) -> LaneOptions:
         backbone=str(loaded.folder),
         inventory=str(settings.inventory),
         device=str(loaded.model.device),
+        dtype=settings.dtype,
         share=settings.fit_share,
         threads=settings.threads,
         max_tokens=settings.max_fit_tokens,

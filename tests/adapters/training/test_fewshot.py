@@ -1,5 +1,6 @@
 """Joint fits: each task as if alone, interrupted and resumed, cancelled, and chosen between."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,23 @@ def test_every_method_lowers_the_loss_of_what_it_is_given(method: TrainedMethod)
     assert (after.routing is None) == (method != "z")
     losses = [loss_of(model, inventory, one, wanted) for one in (before, after)]
     assert losses[1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bfloat16_backbone_teaches_float32_numbers_the_same(method: TrainedMethod) -> None:
+    """Judged by the float32 backbone; the control is what the other task has learned."""
+    model, inventory = world()
+    half = copy.deepcopy(model).bfloat16()
+    tasks = [
+        task("always", always_q, method=method, steps=30),
+        task("first", first_letter, method=method, steps=30),
+    ]
+    own, other = fit(half, inventory, byte_tokenizer(), tasks)
+    (whole,) = fit(model, inventory, byte_tokenizer(), tasks[:1])
+    assert numbers(own).dtype == torch.float32
+    losses = [loss_of(model, inventory, one, tasks[0]) for one in (own, whole, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1, abs=0.02)
+    assert losses[0] < 0.7 * losses[2]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from factories import save_backbone
 from fit_world import WORDS, world
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
+from polyhead.adapters.training import fewshot
 from polyhead.server.cli import app
+from polyhead.server.engine.backbone import pick_dtype, pick_fit_dtype
 from polyhead.server.tasks.registry import Registry
 
 runner = CliRunner()
@@ -44,6 +49,28 @@ def test_one_task_becomes_a_routing_in_a_file(folders: list[str], tmp_path: Path
     assert [one["method"] for one in found["methods"]] == ["z"]
     inventory = Inventory.load(folders[3])
     Routing.from_safetensors(out.read_bytes(), inventory.layout)
+
+
+def test_the_backbone_computes_in_what_is_asked_for(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    sound = fewshot.fit
+
+    def watching(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[fewshot.FitResult]:
+        found.append(model.dtype)
+        return sound(model, *args, **kwargs)
+
+    monkeypatch.setattr(fewshot, "fit", watching)
+    given = examples(tmp_path / "few.jsonl", "rhyme")
+    how = ["--method", "z", "--steps", "2", "--out", str(tmp_path / "out.safetensors")]
+    for dtype in ("float32", "bfloat16", "auto"):
+        done = runner.invoke(app, ["fit", *folders, *given, *how, "--dtype", dtype])
+        assert done.exit_code == 0, done.stderr
+    cpu = torch.device("cpu")
+    assert found == [torch.float32, torch.bfloat16, pick_dtype("auto", cpu)]
+    assert pick_fit_dtype("float16", cpu) == torch.float32
+    assert pick_fit_dtype("auto", torch.device("cuda")) == torch.float32
 
 
 def test_a_warm_start_tells_whose_routing_it_began_from(tmp_path: Path) -> None:
