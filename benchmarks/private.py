@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import httpx
 import torch
@@ -29,6 +29,7 @@ from polyhead.adapters.inventory import Inventory, ModuleShape
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Routing
 from polyhead.server.config import Settings
+from polyhead.server.engine.backbone import DTYPES
 from polyhead.server.engine.loading import load
 from polyhead.server.http.app import create_app
 from polyhead.server.http.serve import Server
@@ -72,6 +73,9 @@ def main(
     rank: Annotated[int, typer.Option(help="Of private adapters")] = 8,
     new_tokens: int = 24,
     only_mixed: Annotated[bool, typer.Option(help="Leave the second part out")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of backbone and adapters")
+    ] = "float32",
 ) -> None:
     console = Console(width=110)
     work = make_work(
@@ -87,7 +91,7 @@ def main(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         _fill(folder, loaded, adapters, narrow, rank)
-        size = _adapter(0, narrow, rank).nbytes
+        size = _adapter(0, narrow, rank).nbytes * DTYPES[dtype].itemsize // 4  # made in float32
 
         def start(budget: int) -> Inside:
             settings = Settings(
@@ -95,7 +99,7 @@ def main(
                 inventory=inventory,
                 data_dir=folder,
                 port=0,
-                dtype="float32",  # in which the slots are counted
+                dtype=dtype,
                 threads=1,
                 private_cache_bytes=budget,
                 private_wait_seconds=600,

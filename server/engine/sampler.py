@@ -13,6 +13,8 @@ from polyhead.server.engine.request import SamplingParams, TokenLogprob
 
 FIRST_CANDIDATES = 1024
 """Likeliest tokens looked at for top-p before the whole vocabulary is sorted."""
+BLOCK = 512
+"""Logits whose maximum is found together, in a search for the likeliest token."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,40 @@ def sample(logits: Tensor, draws: Ordered[Draw]) -> list[int]:
     A row's randomness depends on its seed, choice and position only, never on its neighbours.
     """
     if all(draw.cursor is None and _plain(draw.params) for draw in draws):
-        greedy: list[int] = logits.argmax(-1).tolist()
-        return greedy
+        return likeliest(logits)
     scores = logits.float().clone()
     for row, draw in enumerate(draws):
         _penalise(scores[row], draw)
         _constrain(scores[row], draw)
-    tokens: list[int] = scores.argmax(-1).tolist()
+    tokens = likeliest(scores)
     for row, draw in enumerate(draws):
         if draw.params.temperature > 0:
             tokens[row] = _draw(scores[row], draw)
         if draw.cursor is not None and not draw.cursor.failed:
             draw.cursor.take(tokens[row])
     return tokens
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """`logits.argmax(-1)` `[n]`: the first of equals, and of NaNs where there are any.
+
+    On a CPU torch's argmax took an eighth of a decode step, its maximum is vectorised: so it looks
+    only for the block, and for the place in the block. logits `[n, V]`.
+    """
+    size = logits.shape[1]
+    whole = size - size % BLOCK
+    if logits.device.type != "cpu" or not whole:
+        found: list[int] = logits.argmax(-1).tolist()
+        return found
+    best = logits[:, :whole].view(len(logits), -1, BLOCK).amax(-1)
+    if whole < size:
+        best = torch.cat([best, logits[:, whole:].amax(-1, keepdim=True)], 1)
+    first = best.argmax(-1, keepdim=True) * BLOCK
+    # In a short last block its last place stands several times, the first of which counts.
+    places = (first + torch.arange(BLOCK)).clamp_(max=size - 1)
+    within = logits.gather(1, places).argmax(-1, keepdim=True)
+    chosen: list[int] = (first + within)[:, 0].tolist()
+    return chosen
 
 
 def logprobs_of(

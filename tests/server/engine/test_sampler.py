@@ -15,7 +15,14 @@ from transformers import (
 )
 
 from polyhead.server.engine.request import SamplingParams
-from polyhead.server.engine.sampler import FIRST_CANDIDATES, Draw, logprobs_of, sample
+from polyhead.server.engine.sampler import (
+    BLOCK,
+    FIRST_CANDIDATES,
+    Draw,
+    likeliest,
+    logprobs_of,
+    sample,
+)
 
 VOCAB = 40
 DRAWS = 3000
@@ -234,3 +241,25 @@ def test_a_penalty_alone_changes_what_is_greedy() -> None:
             params = SamplingParams(**{name: share * lead / times})
             draw = Draw(params, 0, 0, 9, [first, *[first] * 3], 1)
             assert sample(row, [draw]) == [wanted]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
+def test_the_likeliest_is_what_argmax_says(size: int, dtype: torch.dtype) -> None:
+    """Few values, so that many are equal; infinities; a slice, whose rows are not adjacent."""
+    generator = torch.Generator().manual_seed(size)
+    table = torch.randint(-9, 3, (200, size + 3), generator=generator).to(dtype)
+    table[::7] = -torch.inf
+    table[3, size // 2] = torch.inf
+    found = table[:, :size]
+    assert likeliest(found) == found.argmax(-1).tolist()
+    assert size == 1 or len(set(likeliest(found))) > 1
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_row_that_holds_a_nan_shows_it(sign: float) -> None:
+    """So that its request fails instead of going on with whatever token."""
+    found = torch.zeros(2, 3 * BLOCK + 5)
+    found[0, BLOCK + 9] = math.copysign(math.nan, sign)
+    found[1, -1] = 1.0
+    assert likeliest(found) == [BLOCK + 9, 3 * BLOCK + 4]
