@@ -6,7 +6,7 @@ of the embedding, so that A and B are generated linearly from it. Linear hyper-n
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -76,6 +76,10 @@ class Generator:
         whole = self.standardised(embedding)[None]
         (found,) = generated(self.bias, self.left, self.right, whole)
         return Routing.checked(found, layout, "coefficients", field="context")
+
+    def routing_of(self, texts: Sequence[Sequence[float]], layout: Layout) -> Routing:
+        """The same of the embeddings of a context's pieces, each `[D]`."""
+        return self.routing(torch.tensor(texts, dtype=torch.float32).mean(0), layout)
 
     def standardised(self, embedding: Tensor) -> Tensor:
         """`[..., D]`: of mean 0 and variance 1 over the examples that it was trained on."""

@@ -203,6 +203,16 @@ class Inventory:
         backbone = self.header.backbone.fingerprint
         return Generator.from_safetensors(data, self.layout, self.fingerprint, backbone)
 
+    def check_generator(self, width: int) -> None:
+        """Raises `InventoryError` where a generator does not read hidden states `[width]`."""
+        if self.generator is not None and self.generator.width != width:
+            raise InventoryError(
+                "the generator reads other hidden states than the backbone's",
+                field=f"{GENERATOR_FILE}: right",
+                found=f"width {self.generator.width}",
+                expected=f"width {width}",
+            )
+
     def save(self, folder: Path | str) -> None:
         """Write the folder that `load` reads; what an older inventory left there goes.
 

@@ -27,6 +27,8 @@ from polyhead.clients.routing import Routing
 
 PrivateAdapter = bytes | str | Path
 """A LoRA that a task owns alone: the bytes or the path of its safetensors, or a PEFT folder."""
+Context = str | Sequence[Example]
+"""What the inventory's generator makes a task of: a document, or examples."""
 Metadata = Mapping[str, Scalar]
 
 
@@ -35,16 +37,19 @@ def create(
     *,
     routing: Routing | None = None,
     private_adapter: PrivateAdapter | None = None,
+    context: Context | None = None,
     template: str | None = None,
     defaults: Sampling | None = None,
     metadata: Metadata | None = None,
 ) -> Call[Task]:
-    """Register a task from a routing or a private adapter; it is served when this returns.
+    """Register a task from a routing, a private adapter or a context; it is served when this
+    returns.
 
     template: holds `{input}`. defaults: sampling where a request names none. Raises
     `ConflictError` where the id is taken.
     """
-    body = {"id": id, **given(template=template, defaults=defaults, metadata=metadata)}
+    fields = given(context=_context(context), template=template, defaults=defaults)
+    body = {"id": id, **fields, **given(metadata=metadata)}
     return Call("POST", "/tasks", answer(Task), **_sent(body, routing, private_adapter))
 
 
@@ -109,6 +114,7 @@ def replace(
     *,
     routing: Routing | None = None,
     private_adapter: PrivateAdapter | None = None,
+    context: Context | None = None,
     template: str | None = None,
     defaults: Sampling | None = None,
     metadata: Metadata | None = None,
@@ -118,7 +124,8 @@ def replace(
 
     if_match: the generation that the task must be at; `StaleError` where it is at another.
     """
-    body = given(template=template, defaults=defaults, metadata=metadata)
+    fields = given(context=_context(context), template=template, defaults=defaults)
+    body = {**fields, **given(metadata=metadata)}
     return _changing("PUT", _path(id), if_match, **_sent(body, routing, private_adapter))
 
 
@@ -201,6 +208,10 @@ def _changing(method: str, path: str, if_match: str | None, **sent: Any) -> Call
     # With a tag, the second of two equal changes is refused because the first one was made.
     tag = _tag(if_match)
     return Call(method, path, answer(Task), headers=tag, repeatable=if_match is None, **sent)
+
+
+def _context(context: Context | None) -> str | list[Example] | None:
+    return context if context is None or isinstance(context, str) else list(context)
 
 
 def _path(id: str) -> str:

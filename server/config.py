@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     max_stop_strings: int = Field(16, ge=0, description="Stop strings in one request")
     max_stop_length: int = Field(256, ge=1, description="Characters in one stop string")
     max_choices: int = Field(256, ge=1, description="Choices in one /score request")
+    max_context_lines: int = Field(
+        256, ge=1, description="Lines or examples of a context that a task is made from"
+    )
     max_mixture: int = Field(64, ge=1, description="Tasks in one mixture")
     max_body_bytes: int = Field(
         16 << 20, ge=1024, description="Bytes of a request's body before 413"

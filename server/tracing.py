@@ -79,7 +79,10 @@ class Tracing:
 
 
 def _operation(journey: Journey) -> str:
-    return "score" if journey.request.continuations else "text_completion"
+    request = journey.request
+    if request.embeds:
+        return "embeddings"
+    return "score" if request.continuations else "text_completion"
 
 
 def _parts(journey: Journey, ended: float) -> list[tuple[str, float, float]]:

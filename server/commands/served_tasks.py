@@ -59,6 +59,9 @@ def create_command(
     private_adapter: Annotated[
         Path | None, typer.Option(help="Safetensors or PEFT folder with a LoRA of its own")
     ] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Text, or JSONL of examples, to generate it from")
+    ] = None,
     copy_of: Annotated[str | None, typer.Option(help="A task to begin as")] = None,
     template: Template = None,
     metadata: Annotated[
@@ -68,8 +71,8 @@ def create_command(
     as_json: AsJson = False,
 ) -> None:
     """Register a task from a file or as a copy; it is served when the command ends."""
-    if sum(source is not None for source in (routing, private_adapter, copy_of)) != 1:
-        fail("one of --routing, --private-adapter and --copy-of is needed", 2)
+    if sum(source is not None for source in (routing, private_adapter, context, copy_of)) != 1:
+        fail("one of --routing, --private-adapter, --context and --copy-of is needed", 2)
     fields: dict[str, Any] = {
         "template": None if template is None else unescaped(template),
         "metadata": _pairs(metadata) if metadata else None,
@@ -79,6 +82,8 @@ def create_command(
             task = client.tasks.copy(copy_of, id, **fields)
         elif routing is not None:
             task = client.tasks.create(id, routing=_routing(routing), **fields)
+        elif context is not None:
+            task = client.tasks.create(id, context=_context(context), **fields)
         else:
             task = client.tasks.create(id, private_adapter=private_adapter, **fields)
     print_task(task, as_json)
@@ -129,6 +134,18 @@ def _routing(path: Path) -> Any:
         return Routing.from_safetensors(path.read_bytes())
     except ValueError as exc:
         fail(f"{path}: {exc}", 1)
+
+
+def _context(path: Path) -> Any:
+    """A document, or the examples of a file that is named .jsonl."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".jsonl":
+            return text
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [{"input": row["input"], "output": row["output"]} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        fail(f"{path}: no document and no examples with input and output: {exc}", 1)
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:

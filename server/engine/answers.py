@@ -62,6 +62,8 @@ class Answers:
                 row.sequence.logprobs += found.scored
                 if found.token is not None:
                     events.append(self._extend(row.sequence, found.token, found))
+            elif row.sequence.request.embeds:
+                events += self._embed(row, found)
             elif row.sequence.index != STEM:
                 events += self._score(row, found)
         return events
@@ -131,6 +133,19 @@ class Answers:
         tokens = tuple(sequence.generated)
         cached = sequence.cached
         return [Output(sequence.request.id, sequence.index, "", tokens, scores, "stop", cached)]
+
+    def _embed(self, row: Row, found: Sampled) -> list[Event]:
+        sequence = row.sequence
+        sums = sequence.hidden or [0.0] * len(found.hidden)
+        if found.hidden:
+            sequence.hidden = [a + b for a, b in zip(sums, found.hidden, strict=True)]
+            sequence.embedded = row.stop
+        if row.stop < len(sequence.tokens):
+            return []
+        self._close(sequence)
+        mean = tuple(value / len(sequence.tokens) for value in sequence.hidden)
+        name, index = sequence.request.id, sequence.index
+        return [Output(name, index, finish_reason="stop", embedding=mean)]
 
     def _end(self, request_id: str, reason: FinishReason) -> Iterator[Event]:
         if request_id not in self._open:

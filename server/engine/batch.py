@@ -40,6 +40,12 @@ class Row:
         wanted = self.sequence.unscored
         return range(max(self.start, wanted.start), min(self.stop, wanted.stop))
 
+    @property
+    def embedded(self) -> range:
+        """Positions whose hidden states are wanted."""
+        wanted = self.sequence.unembedded
+        return range(max(self.start, wanted.start), min(self.stop, wanted.stop))
+
 
 @dataclass(frozen=True)
 class SourceRow:
@@ -91,5 +97,6 @@ class Sampled:
     token: int | None = None
     logprob: TokenLogprob | None = None
     scored: tuple[TokenLogprob, ...] = ()
+    hidden: tuple[float, ...] = ()  # [D], the sum over the row's embedded tokens
     stray: bool = False  # what the grammar allows next could not be found out
     overflow: bool = False  # the row's logits are not numbers: its adapter overflows

@@ -264,7 +264,7 @@ class Engine:
     def _note_starts(self, batch: Batch, now: float) -> None:
         for row in batch.rows:
             request = row.sequence.request
-            if row.start < len(request.prompt):
+            if row.start < max(len(request.prompt), 1):
                 self._started.setdefault(request.id, now)
         for source in batch.sources:
             for name in source.requests:

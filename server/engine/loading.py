@@ -121,6 +121,7 @@ def _load(settings: Settings, team: Team | None) -> Loaded:
     if team is not None:
         team.tell({"rendezvous": team.rendezvous, **vars(options)})
         join(team.ranks, team.rendezvous, part.device)
+    part.inventory.check_generator(part.model.config.hidden_size)
     injection = inject(part.model, part.inventory)
     injection.planner.costs = measure_costs([slot.group for slot in injection.slots])
     logger.info("seconds per form: %s", injection.planner.costs)

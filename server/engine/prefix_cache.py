@@ -72,9 +72,9 @@ class PrefixCache(Reuse):
 
     def find(self, sequence: Tokens) -> tuple[Prefix, int] | None:
         """The kept row that begins most like a sequence, and for how many tokens: the last one, and
-        all whose logits are wanted, are left to be computed."""
-        unscored = sequence.unscored
-        most = min([len(sequence.tokens) - 1, *([unscored.start] if unscored else [])])
+        all whose logits or hidden states are wanted, are left to be computed."""
+        wanted = sequence.unscored or sequence.unembedded
+        most = min([len(sequence.tokens) - 1, *([wanted.start] if wanted else [])])
         tokens, key = sequence.tokens[:most], self._key(sequence.request)
         farthest: dict[Prefix, None] = {}
         for mark in _marks(key, tokens):

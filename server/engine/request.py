@@ -42,6 +42,9 @@ class Request:
     log-probabilities of its tokens after the prompt come back. `echo` asks for those of the
     prompt's own tokens, from the second on, beside what is sampled.
 
+    `embeds` asks for the mean hidden state of each continuation instead of log-probabilities; there
+    is no prompt then, so that each is read alone.
+
     `source` is what the encoder of an encoder-decoder reads; `prompt` is then how the decoder
     begins, its start token.
     """
@@ -54,6 +57,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     continuations: tuple[tuple[int, ...], ...] = ()
     echo: bool = False
+    embeds: bool = False
     source: tuple[int, ...] = ()
     priority: int = 0  # lower runs earlier
     deadline: float | None = None  # on time.monotonic()'s clock
@@ -94,6 +98,7 @@ class Output:
     cached_tokens: int = 0  # prompt tokens that were not computed again
     started: float | None = None  # with the first output: when the request's first step began
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of an echo, with the choice's first token
+    embedding: tuple[float, ...] = ()  # [D], the mean over the tokens of an embedded text
 
 
 @dataclass(frozen=True)

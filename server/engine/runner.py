@@ -2,10 +2,11 @@
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Packed:
     ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     logits: list[LogitRow] = field(default_factory=list)
+    embedded: list[tuple[Row, slice]] = field(default_factory=list)  # and where its tokens stand
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Runner:
         self._capacities = capacities
         self._shape = self._shape_of(model)
         self._forms: Mapping[str, int] = {}  # of the step that is being computed
+        self._hidden: list[Tensor] = []  # [1, N, D] of that step, where somebody wants it
         self.report = RunReport()  # of the last step
         model.set_attn_implementation(self.attention)
         self.reset()
@@ -106,6 +109,9 @@ class Runner:
         logits = self._forward(packed)
         computed = time.monotonic()
         found = _read(logits, packed.logits)
+        for row, place in packed.embedded:
+            found[id(row)] = _embedded(self._hidden[-1][0, place])
+        self._hidden.clear()
         self.report = RunReport(computed - began, time.monotonic() - computed, self._forms)
         return [found.get(id(row), Sampled()) for row in batch.rows]
 
@@ -149,10 +155,27 @@ class Runner:
             "position_ids": torch.tensor([packed.positions], device=self.device),
             "logits_to_keep": torch.tensor(wanted, device=self.device),
         }
-        with use_step(StepAttention(packed.rows, self.store, self.device)):
+        attention = StepAttention(packed.rows, self.store, self.device)
+        with use_step(attention), self._keeping_hidden(packed):
             output = self._model(**inputs, **{self._cache_keyword: StepCache()}, use_cache=True)
         logits: Tensor = output.logits
         return logits[0]
+
+    @contextmanager
+    def _keeping_hidden(self, packed: Packed) -> Iterator[None]:
+        """Inside, the last hidden states are kept where a row wants them; the output head, behind
+        them, is given those of the wanted logits only."""
+        if not packed.embedded:
+            yield
+            return
+        body = cast(Any, self._model.base_model)
+        hook = body.register_forward_hook(
+            lambda _body, _args, output: self._hidden.append(output.last_hidden_state)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
@@ -171,7 +194,18 @@ def _pack(rows: Ordered[Row]) -> Packed:
             packed.logits.append(LogitRow(first + position - row.start, row, given))
         if row.samples:
             packed.logits.append(LogitRow(len(packed.ids) - 1, row))
+        if embedded := row.embedded:
+            start = first + embedded.start - row.start
+            packed.embedded.append((row, slice(start, start + len(embedded))))
     return packed
+
+
+def _embedded(hidden: Tensor) -> Sampled:
+    """The sum of some tokens' hidden states `[n, D]`."""
+    total = hidden.float().sum(0)
+    if not torch.isfinite(total).all():
+        return Sampled(overflow=True)
+    return Sampled(hidden=tuple(total.tolist()))
 
 
 def _read(logits: Tensor, entries: Ordered[LogitRow]) -> dict[int, Sampled]:

@@ -29,6 +29,8 @@ class Sequence:
     stem: "Sequence | None" = None  # holds the shared prompt's keys and values
     branches: "list[Sequence]" = field(default_factory=list)  # of a stem: who still needs it
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    hidden: list[float] = field(default_factory=list)  # [D], the sum over the embedded tokens
+    embedded: int = 0
     cursor: "Cursor | None" = None  # in the grammar that the answer is held to
 
     @property
@@ -47,11 +49,17 @@ class Sequence:
         Preemption forgets keys and values only, so nothing is scored twice.
         """
         request = self.request
-        if self.index == STEM or not (request.continuations or request.echo):
+        if self.index == STEM or request.embeds or not (request.continuations or request.echo):
             return range(0)
         first = 0 if request.echo else len(request.prompt) - 1
         given = len(request.prompt) if self.sample else len(self.tokens)
         return range(first + len(self.logprobs), given - 1)
+
+    @property
+    def unembedded(self) -> range:
+        """Positions whose hidden states are wanted and not added up yet; after a preemption, too,
+        each is added once."""
+        return range(self.embedded, len(self.tokens) if self.request.embeds else 0)
 
     @property
     def prefilling(self) -> bool:
@@ -93,7 +101,7 @@ def sequences_of(request: Request) -> list[Sequence]:
         )
         for index, body in enumerate(bodies)
     ]
-    if len(choices) == 1 or len(prompt) == 1 or request.echo or request.source:
+    if len(choices) == 1 or len(prompt) < 2 or request.echo or request.source:
         return choices
     stem = Sequence(request, STEM, prompt[:-1], sample=False, branches=choices)
     for choice in choices:

@@ -205,7 +205,8 @@ def _note_call(request: Request) -> None:
     call = current_call.get()
     if call is not None:
         call.asked += 1
-        call.generation = request.generation
+        if not request.embeds:  # which is no answer of a task's
+            call.generation = request.generation
 
 
 async def unless_client_leaves(receive: Receive, work: Awaitable[T]) -> T:

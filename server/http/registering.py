@@ -28,13 +28,23 @@ ROUTING_PART, ADAPTER_PART = "routing", "private_adapter"
 
 
 @dataclass(frozen=True)
+class Generated:
+    """What became of a context: the routing, and what a task has where the body does not say."""
+
+    routing: Routing
+    template: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Registration:
     """A body and, where it came as a form, the bytes of a routing's file or of an archive with a
-    PEFT LoRA's folder."""
+    PEFT LoRA's folder. generated: of the body's context, once it has been read."""
 
     body: TaskBody
     routing_file: bytes | None = None
     adapter_archive: bytes | None = None
+    generated: Generated | None = None
 
     def content(self, inventory: Inventory, settings: Settings) -> Content | None:
         """The numbers, checked against `inventory`; None where they are to come from elsewhere:
@@ -44,6 +54,8 @@ class Registration:
         `ArchiveTooLarge`.
         """
         self.check_sources()
+        if self.generated is not None:
+            return self.generated.routing
         if self.routing_file is not None:
             return Routing.from_safetensors(self.routing_file, inventory.layout)
         if self.adapter_archive is not None:
@@ -60,6 +72,17 @@ class Registration:
         """What the routing is to be stored as; None where the body does not say."""
         return self.body.routing.precision if self.body.routing is not None else None
 
+    def fields(self, settings: Settings) -> dict[str, Any]:
+        """What the task carries beside its numbers, as the registry takes it.
+
+        Raises `InvalidValue`.
+        """
+        given = given_fields(self.body, settings)
+        if self.generated is None:
+            return given
+        made = {"template": self.generated.template, "provenance": self.generated.provenance}
+        return {**made, **given}
+
     def check_sources(self) -> None:
         """Raises `InvalidValue` unless exactly one source of numbers is given."""
         body = self.body
@@ -70,6 +93,7 @@ class Registration:
             "private_adapter": body.private_adapter is not None,
             "the file part private_adapter": self.adapter_archive is not None,
             "examples": body.examples is not None,
+            "context": body.context is not None,
         }
         given = [name for name, there in sources.items() if there]
         if len(given) != 1:

@@ -257,6 +257,10 @@ class ExampleBody(Body):
 
 
 Examples = Annotated[list[ExampleBody], Field(min_length=1, fail_fast=True)]
+Context = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Examples, Tag("<list>")],
+    Discriminator(_text_or_list),
+]
 
 
 class FitOptionsBody(Body):
@@ -310,8 +314,8 @@ class TaskFields(Body):
 
 
 class TaskBody(TaskFields):
-    """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`
-    and, in `POST` only, `examples`.
+    """`POST /tasks` and `PUT /tasks/{id}`: exactly one of `routing`, `copy_of`, `private_adapter`,
+    `context` and, in `POST` only, `examples`.
 
     In a multipart form the numbers are a file instead: a routing's as the part `routing`, or an
     archive (tar, tar.gz, zip) of a PEFT LoRA's folder as the part `private_adapter`.
@@ -323,6 +327,12 @@ class TaskBody(TaskFields):
     private_adapter: PrivateAdapterBody | None = None
     examples: Examples | None = None
     fit: FitOptionsBody | None = Field(None, description="With examples only")
+    context: Context | None = Field(
+        None,
+        description="A document, of which every line is read alone, or examples, of which nothing "
+        "is fitted: the inventory's generator makes the routing. Without a `template`, the task "
+        "has the one that the generator was trained with",
+    )
 
 
 class EditBody(TaskFields):

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
 from polyhead.adapters.private import PrivateAdapter
@@ -14,6 +14,7 @@ from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.http.bodies import json_body, takes
 from polyhead.server.http.callers import the_caller
 from polyhead.server.http.checks import unknown_task
+from polyhead.server.http.contexts import with_generated
 from polyhead.server.http.errors import InvalidValue, shown
 from polyhead.server.http.fitting import accepted, refuse_holdout, submit_new
 from polyhead.server.http.job_schemas import JobAnswer
@@ -68,12 +69,17 @@ Filter = Annotated[dict[str, str], Depends(_filter)]
     responses={202: {"model": JobAnswer, "description": "A job will register the task"}},
     openapi_extra=takes_registration(),
 )
-async def create(registered: Registered, service: TheService, holdout: Holdout = None) -> Response:
+async def create(
+    call: Request, registered: Registered, service: TheService, holdout: Holdout = None
+) -> Response:
     """Register a task; it is on disk, and served, when the answer comes. From `examples` it is
-    fitted first: the answer is the job, on disk, and the task is there once that has succeeded."""
+    fitted first: the answer is the job, on disk, and the task is there once that has succeeded.
+    From a `context` the inventory's generator makes it, in one pass of the backbone."""
     if registered.body.examples is not None:
         return accepted(await service.pool.run(submit_new, service, registered, holdout))
     refuse_holdout(holdout)
+    _new_id(registered)
+    registered = await with_generated(call, service, registered)
     task = await service.pool.run(_create, service, registered, the_caller().id)
     return task_response(task, 201, {"Location": f"/tasks/{task.id}"})
 
@@ -104,9 +110,10 @@ async def read(task_id: TaskId, service: TheService) -> Response:
 
 @router.put("/{task_id}", response_model=TaskAnswer, openapi_extra=takes_registration())
 async def replace(
-    task_id: TaskId, registered: Registered, service: TheService, if_match: IfMatch
+    call: Request, task_id: TaskId, registered: Registered, service: TheService, if_match: IfMatch
 ) -> Response:
     """Replace everything but the id; with `If-Match` only the generation named there."""
+    registered = await with_generated(call, service, registered)
     by = the_caller().id
     work = partial(_replace, service, task_id, registered, if_match, by)
     return task_response(await service.pool.run(work))
@@ -163,16 +170,20 @@ def _content(service: Service, registered: Registration) -> Content | None:
     return content
 
 
-def _create(service: Service, registered: Registration, by: str | None) -> Task:
-    body = registered.body
-    if body.id is None:
+def _new_id(registered: Registration) -> str:
+    if registered.body.id is None:
         raise InvalidValue.of("id", "missing", found="nothing", expected="a task id")
-    fields = {**given_fields(body, service.settings), "by": by}
+    return registered.body.id
+
+
+def _create(service: Service, registered: Registration, by: str | None) -> Task:
+    new_id = _new_id(registered)
+    fields = {**registered.fields(service.settings), "by": by}
     content = _content(service, registered)
     if content is not None:
         precision = registered.precision
-        return service.registry.create(body.id, content, **fields, precision=precision)
-    source, new_id = str(body.copy_of), body.id
+        return service.registry.create(new_id, content, **fields, precision=precision)
+    source = str(registered.body.copy_of)
     return _from_source(source, lambda: service.registry.copy(source, new_id, **fields))
 
 
@@ -188,7 +199,7 @@ def _replace(
         raise InvalidValue.of(
             "id", "differs from the path's", found=shown(body.id), expected=repr(task_id)
         )
-    fields = given_fields(body, service.settings)
+    fields = registered.fields(service.settings)
     if registered.body.examples is not None:
         raise InvalidValue.of(
             "examples",

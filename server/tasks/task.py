@@ -37,7 +37,8 @@ class Task:
     template: str | None
     defaults: dict[str, Any]  # sampling parameters used where a request names none
     metadata: dict[str, JsonScalar]
-    provenance: dict[str, Any]  # "how": uploaded, copied, fitted, converted, seeded; "by" a key
+    provenance: dict[str, Any]
+    """"how": uploaded, copied, fitted, generated, converted, seeded; "by" a key."""
     created_at: datetime  # UTC
     updated_at: datetime  # UTC
 

@@ -109,6 +109,15 @@ def test_a_generator_of_other_skills_is_refused(tmp_path: Path) -> None:
     assert caught.value.expected == inventory.fingerprint[:12]
 
 
+def test_another_width_than_the_backbones_is_refused() -> None:
+    inventory = an_inventory()
+    inventory.check_generator(D + 1)
+    inventory.generator = a_generator(inventory)
+    inventory.check_generator(D)
+    with pytest.raises(InventoryError, match=f"expected width {D + 1}; found width {D}"):
+        inventory.check_generator(D + 1)
+
+
 Tensors = dict[str, Tensor]
 
 
