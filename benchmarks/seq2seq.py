@@ -32,6 +32,7 @@ from polyhead.adapters.inject import find_modules, inject
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.plan import RoutedTask
 from polyhead.server.engine.backbone import DTYPES
+from polyhead.server.engine.cpu_norms import compile_norms
 from polyhead.server.engine.engine import Engine
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.packed_linears import pack_linears
@@ -90,6 +91,7 @@ class SourceSide(Driven):
         self.steps: list[float] = []  # their CPU seconds
         model = copy.deepcopy(bare)
         pack_linears(model)
+        compile_norms(model)
         injection = None
         if routed:
             modules = find_modules(model, TARGETS, heads=HEADS)

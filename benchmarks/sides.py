@@ -15,6 +15,7 @@ from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.measuring import measure_costs
 from polyhead.adapters.plan import RoutedTask
 from polyhead.server.engine.backbone import load_backbone
+from polyhead.server.engine.cpu_norms import compile_norms
 from polyhead.server.engine.engine import Engine, Watch
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.packed_linears import pack_linears
@@ -105,6 +106,7 @@ class EngineSide(Driven):
     ) -> None:
         model = load_backbone(folder, dtype, CPU)
         pack_linears(model)
+        compile_norms(model)
         injection = None
         if routed:
             modules = find_modules(model, heads=HEADS)

@@ -13,6 +13,7 @@ from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.sharding import Ranks, check_heads, shard
 from polyhead.server.config import Settings
 from polyhead.server.engine.backbone import load_backbone, pick_device, pick_dtype
+from polyhead.server.engine.cpu_norms import compile_norms
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.packed_linears import pack_linears
 
@@ -88,6 +89,7 @@ def load_part(options: PartOptions, ranks: Ranks | None) -> Part:
         model.to(device)  # type: ignore[arg-type]
     if options.pack:
         pack_linears(model)
+    compile_norms(model)
     return Part(model, backbone, inventory, device)
 
 
