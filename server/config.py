@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         description="On a CPU in bfloat16: keep a copy of the backbone's weights in the order "
         "of the products, which are faster so; takes their memory once more",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="Hold the backbone's linear layers, but not the output head, in so many bits; "
+        "needs the extra polyhead[quantize]. Skills stay as they are, fits compute unquantised",
+    )
 
     max_running: int = Field(64, ge=1, description="Sequences in a batch")
     max_step_tokens: int | None = Field(

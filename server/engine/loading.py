@@ -18,6 +18,7 @@ from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.parts import PartOptions, join, load_part
 from polyhead.server.engine.prefix_cache import PrefixCache
+from polyhead.server.engine.quantized import check_quantize
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
 from polyhead.server.engine.shared_runners import LeadingRunner
@@ -105,6 +106,8 @@ def load(settings: Settings) -> Loaded:
     Raises `BackboneError`, `InventoryError`, `InjectionError` or `WorkerLost`, each naming file,
     module or process.
     """
+    if settings.quantize is not None:
+        check_quantize(settings.quantize, settings.tensor_parallel)
     team = Team(settings.tensor_parallel) if settings.tensor_parallel > 1 else None
     try:
         return _load(settings, team)

@@ -80,7 +80,9 @@ def rounded_rows(rows: int) -> int:
 
 
 def _fits(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    """A quantised weight is a tensor of another class, which has a product of its own."""
+    plain = type(weight) in (nn.Parameter, Tensor)
+    return plain and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 def _supported() -> bool:

@@ -16,6 +16,7 @@ from polyhead.server.engine.backbone import load_backbone, pick_device, pick_dty
 from polyhead.server.engine.cpu_norms import compile_norms
 from polyhead.server.engine.errors import BackboneError
 from polyhead.server.engine.packed_linears import pack_linears
+from polyhead.server.engine.quantized import quantize_linears
 
 SUM_SECONDS = 600.0
 """How long one process waits in a sum for another. One that has ended is noticed at once; this is
@@ -33,6 +34,7 @@ class PartOptions:
     device: str
     threads: int | None  # of each process
     pack: bool
+    quantize: str | None
 
     @classmethod
     def of(cls, settings: Settings, folder: Path) -> "PartOptions":
@@ -48,6 +50,7 @@ class PartOptions:
             device=settings.device,
             threads=threads,
             pack=settings.pack_weights,
+            quantize=settings.quantize,
         )
 
 
@@ -87,6 +90,8 @@ def load_part(options: PartOptions, ranks: Ranks | None) -> Part:
         check_heads(inventory.header.heads, ranks)
         shard(model, ranks)
         model.to(device)  # type: ignore[arg-type]
+    if options.quantize is not None:
+        quantize_linears(model, options.quantize)
     if options.pack:
         pack_linears(model)
     compile_norms(model)
