@@ -9,6 +9,7 @@ COMMANDS = (
     "throughput",
     "seq2seq",
     "vllm",
+    "quantize",
     "roofline",
     "long_prompt",
     "registration",

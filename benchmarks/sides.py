@@ -19,6 +19,7 @@ from polyhead.server.engine.cpu_norms import compile_norms
 from polyhead.server.engine.engine import Engine, Watch
 from polyhead.server.engine.kv_space import KVSpace
 from polyhead.server.engine.packed_linears import pack_linears
+from polyhead.server.engine.quantized import quantize_linears
 from polyhead.server.engine.request import Event, Failure, Output, Request, SamplingParams
 from polyhead.server.engine.runner import Runner
 from polyhead.server.engine.scheduler import Scheduler, SchedulerConfig
@@ -92,7 +93,8 @@ class Driven:
 
 
 class EngineSide(Driven):
-    """Polyhead's engine over a causal backbone. routed=False leaves it bare."""
+    """Polyhead's engine over a causal backbone. routed=False leaves it bare; quantize: to int8 or
+    int4."""
 
     def __init__(
         self,
@@ -103,14 +105,17 @@ class EngineSide(Driven):
         seats: int,
         step_tokens: int = 128,
         watch: Watch | None = None,
+        quantize: str | None = None,
     ) -> None:
         model = load_backbone(folder, dtype, CPU)
+        reference = BackboneRef.of(model, folder.name)
+        if quantize is not None:
+            quantize_linears(model, quantize)
         pack_linears(model)
         compile_norms(model)
         injection = None
         if routed:
             modules = find_modules(model, heads=HEADS)
-            reference = BackboneRef.of(model, folder.name)
             inventory = Inventory.random(
                 reference, modules, heads=HEADS, skills=SKILLS, rank=RANK, std=0.01
             )
