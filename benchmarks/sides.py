@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from peft import PolyConfig, get_peft_model
 from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from benchmarks.workload import Work
 from polyhead.adapters.inject import Injection, find_modules, inject
@@ -175,6 +177,35 @@ class GenerateSide:
             pad_token_id=0,
             **extra,
         )
+
+
+class ContinuousSide:
+    """transformers' continuous batching, whose thread waits between two runs."""
+
+    def __init__(self, model: Any, *, seats: int, step_tokens: int) -> None:
+        blocks = 2 * seats  # of 256 tokens, which one request does not fill
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=blocks, max_batch_tokens=step_tokens, max_requests_per_batch=seats
+            ),
+        )
+        self._manager.start()
+
+    def __call__(self, work: Sequence[Work]) -> None:
+        for item in work:
+            self._manager.add_request(list(item.prompt), max_new_tokens=item.new_tokens)
+        tokens = 0
+        for _ in work:
+            found = None
+            while found is None:
+                found = self._manager.get_result(timeout=1)
+            assert found.error is None, found.error
+            tokens += len(found.generated_tokens)
+        assert tokens == sum(item.new_tokens for item in work)
+
+    def stop(self) -> None:
+        self._manager.stop(block=True)
 
 
 def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Tokens per CPU second: the engine bare and routed, PEFT Poly, and transformers' `generate`.
+"""Tokens per CPU second: the engine bare and routed, PEFT Poly, transformers' `generate` and its
+continuous batching.
 
     python -m benchmarks.throughput --backbone data/SmolLM2-135M-Instruct --dtype float32
 
@@ -13,11 +14,13 @@ import typer
 from rich.console import Console
 
 from benchmarks import options, timing
-from benchmarks.sides import EngineSide, GenerateSide, generate_model
+from benchmarks.sides import ContinuousSide, EngineSide, GenerateSide, generate_model
 from benchmarks.workload import VOCABULARY, make_work
 from polyhead.server.engine.backbone import DTYPES
 
 POLY_TASKS = 16
+CONTINUOUS_TOKENS = 512
+"""Of a step; with 128 it is as fast."""
 
 
 def main(
@@ -30,6 +33,9 @@ def main(
     tasks: Annotated[list[int], typer.Option(help="Routed runs, by number of tasks")] = [1, 16, 64],  # noqa: B006
     generate_batches: list[int] = [16, 32, 64],  # noqa: B006
     poly_batches: list[int] = [16, 32],  # noqa: B006
+    continuous: Annotated[
+        bool, typer.Option(help="transformers' continuous batching as well, as many seats")
+    ] = True,
 ) -> None:
     torch.set_num_threads(threads)
     console = Console(width=110)
@@ -54,6 +60,11 @@ def main(
         f"PEFT Poly, batch {n}": functools.partial(GenerateSide(poly, batch=n), work(POLY_TASKS))
         for n in poly_batches
     }
+    batching = None
+    if continuous:  # on a model of its own, whose attention it exchanges
+        model = generate_model(backbone, precision)
+        batching = ContinuousSide(model, seats=seats, step_tokens=CONTINUOUS_TOKENS)
+        sides["continuous batching"] = functools.partial(batching, work(1))
     tokens = sum(item.new_tokens for item in work(1))
     runs = timing.run_in_turn(sides, rounds, console)
     rates = {name: timing.rates(found, tokens) for name, found in runs.items()}
@@ -66,6 +77,8 @@ def main(
     _print_goals(console, rates)
     for side in (bare, routed):
         side.engine.stop()
+    if batching is not None:
+        batching.stop()
 
 
 def _print_goals(console: Console, rates: dict[str, list[float]]) -> None:
