@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import options, timing
 from polyhead.adapters.inventory import Inventory
@@ -16,6 +15,7 @@ from polyhead.adapters.training.encode import Encoder
 from polyhead.adapters.training.evaluate import EvalOptions, shots_of
 from polyhead.adapters.training.fewshot import FitOptions, FitTask, fit
 from polyhead.adapters.training.suite import SuiteTask, read_suite
+from polyhead.server.commands.common import load_for_fitting
 from polyhead.server.commands.fit import MICRO_TOKENS
 
 TOGETHER = 16
@@ -31,13 +31,12 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of each fit; none stops early")] = 60,
     alone: Annotated[int, typer.Option(help="How many of the sixteen are fitted alone too")] = 4,
     threads: Annotated[int, typer.Option(help="Compute threads")] = 2,
+    dtype: Annotated[str, typer.Option(help="As of `polyhead fit`")] = "auto",
 ) -> None:
     """Held-out tasks first, 32 examples each; loading is not counted."""
     console = Console()
     torch.set_num_threads(threads)
-    loose: Any = AutoModelForCausalLM
-    model = loose.from_pretrained(backbone, dtype=torch.float32, local_files_only=True).eval()
-    tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
+    model, tokenizer = load_for_fitting(str(backbone), "cpu", dtype)
     loaded = Inventory.load(inventory)
     # Nothing may end early, or the two sides would do different work.
     chosen = FitOptions(method=method, steps=steps, patience=steps)  # type: ignore[arg-type]

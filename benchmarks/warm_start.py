@@ -11,13 +11,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import options, timing
 from polyhead.adapters.inventory import Inventory
@@ -34,6 +33,7 @@ from polyhead.adapters.training.sources import RoutedSource
 from polyhead.adapters.training.suite import SuiteTask, read_suite
 from polyhead.adapters.training.trainable import Trainable
 from polyhead.adapters.training.warm_start import logits_of, starts
+from polyhead.server.commands.common import load_for_fitting
 from polyhead.server.commands.fit import MICRO_TOKENS
 
 SIDES = ("cold", "warm", "random")
@@ -98,10 +98,7 @@ class Bench:
         control: bool,
         bare: bool,
     ) -> None:
-        loose: Any = AutoModelForCausalLM
-        self._model = loose.from_pretrained(backbone, dtype=torch.float32, local_files_only=True)
-        self._model.eval().requires_grad_(False)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(backbone, local_files_only=True)
+        self._model, self._tokenizer = load_for_fitting(str(backbone), "cpu")
         self._inventory = inventory
         unseen = {one.name for one in read_suite(suite) if one.held_out}
         self._known = {n: one for n, one in inventory.tasks.items() if n not in unseen}
