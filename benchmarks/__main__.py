@@ -23,6 +23,7 @@ COMMANDS = (
     "private",
     "simulate",
     "load",
+    "vllm_load",
     "overload",
     "prefix",
     "soak",

@@ -64,9 +64,9 @@ def main(
     flags = ("--threads", "1", "--max-wait-seconds", f"{max_wait:g}")
     with _server(url, backbone, inventory, flags, models, tasks) as address:
         names = [models % number for number in range(tasks)]
-        for exponent, variation in product(_numbers(alpha), _numbers(cv)):
+        for exponent, variation in product(numbers(alpha), numbers(cv)):
             rows = []
-            for rate in _numbers(rates):
+            for rate in numbers(rates):
                 planned = plan(Load(rate, tasks, exponent, variation), seconds)
                 began = time.monotonic()
                 answered = send(address, names, planned)
@@ -128,16 +128,21 @@ def _server(
 def register(served: Served, models: str, tasks: int) -> None:
     """Random routings, one for all modules, which is all that the engine's work depends on."""
     facts = served.get("/inventory")
-    draw = np.random.default_rng(0)
-    for number in range(tasks):
-        logits = 2 * draw.standard_normal((facts["heads"], facts["skills"]))
-        routing = {"granularity": "model", "logits": logits.tolist()}
+    for number, logits in enumerate(random_logits(tasks, facts["heads"], facts["skills"])):
+        routing = {"granularity": "model", "logits": logits}
         body = json.dumps({"id": models % number, "routing": routing}).encode()
         status, answer = served.call("POST", "/tasks", body, "application/json")
         assert status == 201, answer
 
 
-def _numbers(text: str) -> list[float]:
+def random_logits(tasks: int, heads: int, skills: int) -> list[Any]:
+    """`[tasks, H, S]` as lists; the same ones for the same arguments."""
+    draw = np.random.default_rng(0)
+    found: list[Any] = (2 * draw.standard_normal((tasks, heads, skills))).tolist()
+    return found
+
+
+def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 

@@ -1,6 +1,7 @@
 """Sends completions at given moments to a server of OpenAI's API, and notes when tokens came."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -68,12 +69,19 @@ def plan(load: Load, seconds: float, seed: int = 0) -> list[Planned]:
         )
 
 
-def send(url: str, models: Sequence[str], planned: Sequence[Planned]) -> list[Answered]:
-    """Send every request at its moment, whatever became of the earlier ones; one model a task."""
-    return asyncio.run(_send(url, models, planned))
+def send(
+    url: str, models: Sequence[str], planned: Sequence[Planned], limit: float = 600.0
+) -> list[Answered]:
+    """Send every request at its moment, whatever became of the earlier ones; one model a task.
+
+    limit: seconds after which a client leaves without its answer.
+    """
+    return asyncio.run(_send(url, models, planned, limit))
 
 
-async def _send(url: str, models: Sequence[str], planned: Sequence[Planned]) -> list[Answered]:
+async def _send(
+    url: str, models: Sequence[str], planned: Sequence[Planned], limit: float
+) -> list[Answered]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
     async with httpx.AsyncClient(
         base_url=url, timeout=600, limits=limits, trust_env=False
@@ -82,12 +90,16 @@ async def _send(url: str, models: Sequence[str], planned: Sequence[Planned]) -> 
 
         async def one(request: Planned) -> Answered:
             await asyncio.sleep(max(0.0, began + request.at - time.monotonic()))
-            return await _ask(client, models[request.task], request)
+            found = Answered()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit):
+                    await _ask(client, models[request.task], request, found)
+            return found
 
         return list(await asyncio.gather(*map(one, planned)))
 
 
-async def _ask(client: httpx.AsyncClient, model: str, request: Planned) -> Answered:
+async def _ask(client: httpx.AsyncClient, model: str, request: Planned, found: Answered) -> None:
     body = {
         "model": model,
         "prompt": request.prompt,
@@ -97,7 +109,7 @@ async def _ask(client: httpx.AsyncClient, model: str, request: Planned) -> Answe
         "stream_options": {"include_usage": True},
         "ignore_eos": True,
     }
-    found, sent = Answered(), time.monotonic()
+    sent = time.monotonic()
     try:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             found.status, found.headers = answer.status_code, time.monotonic() - sent
@@ -109,7 +121,6 @@ async def _ask(client: httpx.AsyncClient, model: str, request: Planned) -> Answe
                     _take(found, json.loads(line.removeprefix("data: ")), time.monotonic() - sent)
     except httpx.TransportError:
         found.complete = False
-    return found
 
 
 def _take(found: Answered, event: dict[str, Any], moment: float) -> None:
