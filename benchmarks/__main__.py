@@ -18,6 +18,7 @@ COMMANDS = (
     "fit_lane",
     "fitting",
     "warm_start",
+    "generator",
     "merging",
     "registry",
     "private",
