@@ -262,6 +262,22 @@ def _vectors(columns: int) -> tuple[int, int]:
     return columns // width, width
 
 
+def _prefetching(_context: Any, at: Any) -> Any:
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, WORD, WORD, WORD])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, second_level, data = 0, 2, 1
+        builder.call(fetch, [place, WORD(to_read), WORD(second_level), WORD(data)])
+        return context.get_dummy_value()
+
+    return types.void(at), generate
+
+
+prefetch: Any = intrinsic(_prefetching)
+"""Ask for the cache line at an address, which will be read soon; any address will do."""
+
+
 def _narrowing(_context: Any, to: Any, source: Any) -> Any:
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         at, of = args

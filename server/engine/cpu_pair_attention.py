@@ -6,10 +6,11 @@ import numpy as np
 
 from polyhead.adapters.cpu_kernels import compiled
 from polyhead.adapters.cpu_pair_kernels import product
-from polyhead.adapters.cpu_pair_tiles import LANES, WIDE, mixing, narrow
+from polyhead.adapters.cpu_pair_tiles import LANES, WIDE, mixing, narrow, prefetch
 from polyhead.server.engine.cpu_attention import ORDERED, _exp
 
 f32 = np.float32
+CACHE_LINE = 64
 _mixed = mixing(((4, 2), (3, 2), (2, 4), (1, 4)))
 
 
@@ -35,12 +36,28 @@ def decode(q, new_k, new_v, keys, values, numbers, scale, window, out):  # type:
             k[last], v[last] = new_k[token, shared], new_v[token, shared]
             _pair(q[token, h : h + share], pairs)
             count = last + 1 - first
+            if shared + 1 < keys.shape[1]:
+                _fetch(keys[row, shared + 1], values[row, shared + 1], first, count)
+            elif i + 1 < numbers.shape[0]:
+                _, other, end = numbers[i + 1]
+                start = max(0, end - window + 1)
+                _fetch(keys[other, 0], values[other, 0], start, end + 1 - start)
             of, to = k.ctypes.data + 2 * first * width, products.ctypes.data
             product(to, LANES, of, width, pairs.ctypes.data, LANES, count, width // 2, LANES)
             for own in range(share):
                 _softmax(products, own, count, scale, scores[own])
             _mix(scores, v.ctypes.data + 2 * first * width, count, found)
             _write(found, out[token, h : h + share])
+
+
+@compiled(inline="always")
+def _fetch(k, v, first, count):  # type: ignore[no-untyped-def]
+    """Ask for the next keys and values while these are computed: rows lie far apart, and the CPU
+    does not guess from one's end where the next begins."""
+    start, size = 2 * first * k.shape[1], 2 * count * k.shape[1]
+    for line in range(start, start + size, CACHE_LINE):
+        prefetch(k.ctypes.data + line)
+        prefetch(v.ctypes.data + line)
 
 
 @compiled(inline="always")
