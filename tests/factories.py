@@ -28,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from polyhead.adapters.generator import Generator, GeneratorFacts
 from polyhead.adapters.inject import Injection, find_modules
 from polyhead.adapters.inventory import BackboneRef, Inventory
 from polyhead.adapters.ops import Factors
@@ -141,6 +142,26 @@ def tiny_inventory(
     modules = find_modules(model, heads=heads)
     return Inventory.random(
         BackboneRef.of(model, "tiny"), modules, heads=heads, skills=skills, rank=rank, std=std
+    )
+
+
+def tiny_generator(
+    inventory: Inventory, mean: torch.Tensor, template: str = "{input}\n"
+) -> Generator:
+    """So strong that two contexts answer differently; `mean` `[D]` has uniform weights."""
+    chance = torch.Generator().manual_seed(4)
+    shape = inventory.layout.shape("module")
+    return Generator(
+        bias=torch.full(shape, 1 / inventory.layout.skills),
+        left=torch.randn(*shape, 6, generator=chance),
+        right=torch.randn(6, len(mean), generator=chance) * 0.2,
+        mean=mean,
+        scale=torch.full((len(mean),), 0.5),
+        facts=GeneratorFacts(
+            backbone=inventory.header.backbone.fingerprint,
+            inventory=inventory.fingerprint,
+            template=template,
+        ),
     )
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from factories import byte_tokenizer, restless_t5, tiny_model
+from factories import byte_tokenizer, restless_t5, tiny_generator, tiny_model
 from live_server import CONTEXT, TASKS, LiveServer, serving, settings_for, write_model
 from safetensors.torch import load
 from torch import Tensor
 from typer.testing import CliRunner
 
-from polyhead.adapters.generator import Generator, GeneratorFacts
 from polyhead.adapters.inventory import Inventory
 from polyhead.adapters.training.embedding import embed
 from polyhead.clients import Client, UnprocessableError
@@ -27,30 +26,13 @@ OTHER = "one, two, three\nfour"
 TEMPLATE = "Q {input} A"
 
 
-def a_generator(inventory: Inventory, mean: Tensor) -> Generator:
-    """So strong that two contexts answer differently."""
-    chance = torch.Generator().manual_seed(4)
-    shape = inventory.layout.shape("module")
-    return Generator(
-        bias=torch.full(shape, 1 / inventory.layout.skills),
-        left=torch.randn(*shape, 6, generator=chance),
-        right=torch.randn(6, len(mean), generator=chance) * 0.2,
-        mean=mean,
-        scale=torch.full((len(mean),), 0.5),
-        facts=GeneratorFacts(
-            backbone=inventory.header.backbone.fingerprint,
-            inventory=inventory.fingerprint,
-            template=TEMPLATE,
-        ),
-    )
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     folder = tmp_path_factory.mktemp("made")
     write_model(folder)
     inventory = Inventory.load(folder / "inventory")
-    inventory.generator = a_generator(inventory, embedding(["hello there"]))
+    mean = embedding(["hello there"])
+    inventory.generator = tiny_generator(inventory, mean, TEMPLATE)
     inventory.save(folder / "inventory")
     settings = settings_for(folder, folder / "data", max_step_tokens=16, max_running=8)
     with serving(settings) as server:

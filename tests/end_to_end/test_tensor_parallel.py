@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,20 @@ from typing import Any
 
 import httpx
 import pytest
-from factories import random_private, tiny_inventory, tiny_model
-from live_server import LiveServer
+import torch
+from factories import (
+    byte_tokenizer,
+    random_private,
+    tiny_generator,
+    tiny_inventory,
+    tiny_model,
+)
+from live_server import CONTEXT, LiveServer
+from safetensors.torch import load
 from server_process import ServerProcess, server_process
+
+from polyhead.adapters.inventory import Inventory
+from polyhead.adapters.training.embedding import embed
 
 PROMPTS = ("hello", "a much longer prompt, which is cut into pieces " * 4, "x")
 Answers = dict[str, list[tuple[int, float]]]
@@ -30,7 +42,12 @@ def private() -> str:
 @pytest.fixture(scope="module")
 def pair(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("pair")
-    with server_process(model_folder, folder, tensor_parallel=2, max_step_tokens=64) as server:
+    shutil.copytree(model_folder / "inventory", folder / "inventory")
+    (folder / "backbone").symlink_to(model_folder / "backbone")
+    inventory = Inventory.load(folder / "inventory")
+    inventory.generator = tiny_generator(inventory, torch.zeros(64))
+    inventory.save(folder / "inventory")
+    with server_process(folder, folder / "data", tensor_parallel=2, max_step_tokens=64) as server:
         workers = server.children()
         yield server
         server.process.send_signal(signal.SIGTERM)
@@ -77,6 +94,27 @@ def test_many_at_once_are_answered_alike(pair: ServerProcess, live: LiveServer) 
     ]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 4
+
+
+def test_a_context_is_read_as_by_one(pair: ServerProcess) -> None:
+    """The coefficients are those of transformers' own hidden states; another context has others."""
+    lines = [
+        "cat -> cats",
+        "a line that is longer than a step of sixty-four tokens has room for it",
+    ]
+    inventory = tiny_inventory(tiny_model())
+    plain = embed(tiny_model(max_position_embeddings=CONTEXT), byte_tokenizer(), lines)
+    found = []
+    for context in ("\n".join(lines), lines[0]):
+        answer = pair.client.post("/tasks", json={"id": "read", "context": context})
+        assert answer.status_code == 201, answer.text
+        file = pair.client.get("/tasks/read/routing").content
+        found.append(load(file)["coefficients"])
+        assert pair.client.delete("/tasks/read").status_code == 204
+    generator = tiny_generator(inventory, torch.zeros(64))
+    wanted = generator.routing(plain.mean(0), inventory.layout).values
+    torch.testing.assert_close(found[0], wanted, rtol=1e-3, atol=1e-3)
+    assert (found[0] - found[1]).abs().max() > 0.05
 
 
 def test_a_dead_worker_ends_the_server(model_folder: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ CHOICES = (
     (("task", "mixture", "routing"), ("task", TASKS[0])),
     (("prompt", "input", "messages"), ("input", "hello")),
 )
-SOURCES = ("routing", "copy_of", "private_adapter", "examples")
+SOURCES = ("routing", "copy_of", "private_adapter", "examples", "context")
 SMALL = {"max_tokens": 4, "n": 2, "logprobs": 3, "max_completion_tokens": 4, "top_logprobs": 3}
 # The description cannot say that exactly one of some fields is wanted, nor what a task's own limits
 # leave room for, so a body that fits it may be refused.
