@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from polyhead.adapters.inject import Injection, inject
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
+    """Before every test: some compute with more, for which there are no compiled kernels."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
