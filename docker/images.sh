@@ -47,7 +47,7 @@ container=$(podman "${store[@]}" --runtime runc --cgroup-manager cgroupfs run --
   --volume "$PWD/data/inventory:/models/inventory:ro" --volume "$work/data:/data" \
   --env POLYHEAD_BACKBONE=/models/backbone --env POLYHEAD_INVENTORY=/models/inventory \
   --env POLYHEAD_HOST=127.0.0.1 --env "POLYHEAD_PORT=$port" "$image")
-for _ in $(seq 300); do
+for _ in $(seq 120); do
   ! curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health/ready" || break
   sleep 1
 done

@@ -133,7 +133,7 @@ def test_workers_end_with_whoever_leads_them() -> None:
     leading = subprocess.Popen(command, stderr=subprocess.PIPE)
     _, said = leading.communicate(timeout=60)  # the worker holds the pipe for as long as it lives
     assert leading.returncode == 3
-    assert b"Traceback" not in said  # libraries may have warned while they were imported
+    assert said == b""
 
 
 def test_heads_that_do_not_divide_are_refused_by_name(model_folder: Path, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ import sys
 import torch
 from torch import nn
 from polyhead.server.engine import packed_linears
+from polyhead.server.heap import trim_heap
 
 def held():
     with open("/proc/self/status") as lines:
@@ -94,8 +95,9 @@ if sys.argv[1] == "every":
 layer = nn.Linear(256, 256).to(torch.bfloat16).requires_grad_(False)
 assert packed_linears.pack_linears(nn.Sequential(layer))
 layer(torch.ones(64, 256, dtype=torch.bfloat16))
+trim_heap()  # imports leave room in which a few kernels would not show
 before = held()
-for rows in range(65, 257):
+for rows in range(65, 129):
     assert layer(torch.ones(1, rows, 256, dtype=torch.bfloat16)).shape == (1, rows, 256)
 print(held() - before)
 """
@@ -108,6 +110,5 @@ def test_memory_does_not_grow_with_every_number_of_rows() -> None:
         command = [sys.executable, "-c", GROWTH, rows]
         return int(subprocess.run(command, capture_output=True, check=True).stdout)
 
-    control = grown("every")
-    assert control > 64 << 10
-    assert grown("few") < control / 8  # of sixteen numbers of rows instead of 192
+    assert grown("every") > 16 << 10  # the control
+    assert grown("few") < 8 << 10
