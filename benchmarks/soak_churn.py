@@ -17,13 +17,8 @@ EXAMPLES = [{"input": f"n{number}", "output": "ab"[number % 2]} for number in ra
 FIT_SECONDS = 300.0
 
 
-class Refused(Exception):
-    """Too much at once, said with `Retry-After`: on a slow machine a right answer."""
-
-
 class Churn:
-    """Actions drawn at random; `done` counts them and, among them, those refused for too much work;
-    `wrong` tells what was answered otherwise than due."""
+    """Actions drawn at random; `done` counts them, `wrong` what was answered otherwise than due."""
 
     def __init__(self, port: int, task: str, seed: int) -> None:
         self._port = port
@@ -74,8 +69,6 @@ class Churn:
         self.done[name] += 1
         try:
             await action()
-        except Refused:
-            self.done["refused"] += 1
         except (httpx.HTTPError, OSError, AssertionError) as exc:
             self.wrong.append(f"{name}: {type(exc).__name__} {exc}"[:200])
 
@@ -87,7 +80,6 @@ class Churn:
 
     async def _post(self, path: str, body: Any, *statuses: int) -> Any:
         answer = await self._client.post(path, json=body)
-        _check_refused(answer)
         assert answer.status_code in statuses, f"{answer.status_code} {answer.text}"
         return answer.json()
 
@@ -102,7 +94,6 @@ class Churn:
     async def _stream(self) -> None:
         body = self._body(stream=True, task=self._task)
         async with self._client.stream("POST", "/generate", json=body) as answer:
-            _check_refused(answer)
             assert (await answer.aread()).endswith(b"data: [DONE]\n\n")
 
     async def _register(self) -> None:
@@ -167,11 +158,6 @@ class Churn:
             while (await self._client.get(f"/jobs/{job}")).json()["state"] in ("queued", "running"):
                 await asyncio.sleep(0.5)
         await self._client.delete(f"/tasks/{name}")
-
-
-def _check_refused(answer: httpx.Response) -> None:
-    if answer.status_code in (429, 503) and "Retry-After" in answer.headers:
-        raise Refused
 
 
 def _request(body: dict[str, Any]) -> bytes:
