@@ -77,7 +77,7 @@ class _Compiled:
 
     def __init__(self, layer: nn.Module, weight: Tensor, epsilon: float) -> None:
         self._plain: Any = layer.forward
-        self._weight, self._epsilon = weight, epsilon
+        self._weight, self._epsilon = _bits(weight), epsilon
 
     def agrees(self) -> bool:
         generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ class _Compiled:
             return found
         out = torch.empty_like(x)
         rows = (-1, x.shape[-1])
-        _norm(_bits(x.view(rows)), _bits(self._weight), self._epsilon, _bits(out.view(rows)))
+        _norm(_bits(x.view(rows)), self._weight, self._epsilon, _bits(out.view(rows)))
         return out
 
 
