@@ -1,9 +1,11 @@
 """Small real things for the tests of training."""
 
+import json
 import random
+from pathlib import Path
 
 import torch
-from factories import END, byte_tokenizer
+from factories import END, byte_tokenizer, save_backbone, tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -35,6 +37,16 @@ def examples(tasks: int = 3, each: int = 4, seed: int = 0) -> list[Example]:
     """Task i repeats a word's letter i times: unlike lengths, unlike tasks."""
     found = words(tasks * each, seed)
     return [Example(f"t{i % tasks}", w, w[: 1 + i % tasks] * 2) for i, w in enumerate(found)]
+
+
+def save_world(folder: Path, tasks: int) -> None:
+    """A `backbone` and, of each task, twelve examples in `train.jsonl`."""
+    save_backbone(tiny_model(), folder / "backbone")
+    lines = [
+        {"task": one.task, "input": one.input, "output": one.output}
+        for one in examples(tasks, each=12)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def encoded(given: list[Example], *, closed: bool = False) -> tuple[list[Encoded], list[int]]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from factories import byte_tokenizer, save_backbone, tiny_model, tiny_t5
+from factories import byte_tokenizer, tiny_model, tiny_t5
 from torch import Tensor
-from training_world import examples
+from training_world import examples, save_world
 from transformers import PreTrainedModel
 
 from polyhead.adapters.generator import GENERATOR_FILE, Generator, piece
@@ -29,12 +29,7 @@ TASKS = 4
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, a file of examples and the inventory that a short run made of them."""
     folder = tmp_path_factory.mktemp("world")
-    save_backbone(tiny_model(), folder / "backbone")
-    lines = [
-        {"task": one.task, "input": one.input, "output": one.output}
-        for one in examples(TASKS, each=12)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_world(folder, TASKS)
     first = config(folder, folder / "skills", method="mhr", start=None, optimiser={"steps": 30})
     pretrain(first, folder / "backbone", lambda _: None)
     return folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 from factories import byte_tokenizer, save_backbone, tiny_model
 from ports import free_port
-from training_world import examples
+from training_world import examples, save_world
 
 from polyhead.adapters.errors import BackboneMismatch
 from polyhead.adapters.inject import inject
@@ -41,12 +41,7 @@ pretrain(config, Path(config.backbone), lambda _: None)
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a backbone and a file of examples."""
     folder = tmp_path_factory.mktemp("world")
-    save_backbone(tiny_model(), folder / "backbone")
-    lines = [
-        {"task": one.task, "input": one.input, "output": one.output}
-        for one in examples(TASKS, each=12)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_world(folder, TASKS)
     return folder
 
 
