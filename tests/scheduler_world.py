@@ -1,5 +1,7 @@
 """The engine's loop without a model: real scheduling and answers over a cache of plain lists."""
 
+from math import inf
+
 from factories import byte_tokenizer
 
 from polyhead.server.engine.answers import Answers
@@ -62,9 +64,9 @@ class World:
         self.ended: dict[tuple[str, int], str] = {}
         self.cached: dict[str, int] = {}  # tokens of the prompt, by request
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: Request, patience: float = inf) -> None:
         for request in requests:
-            for sequence in self.answers.open(request):
+            for sequence in self.answers.open(request, patience):
                 self.scheduler.add(sequence)
 
     def abort(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 
 from polyhead.server.engine.batch import Batch, Row, Sampled
 from polyhead.server.engine.request import Event, Failure, FinishReason, Output, Request
@@ -34,9 +35,14 @@ class Answers:
     def open_requests(self) -> set[str]:
         return set(self._open)
 
-    def open(self, request: Request) -> list[Sequence]:
-        """Begin a request; answers the sequences to put in line."""
+    def open(self, request: Request, patience: float = inf) -> list[Sequence]:
+        """Begin a request; answers the sequences to put in line.
+
+        patience: tokens that may be computed before one that waits is overtaken no more.
+        """
         heads = sequences_of(request)
+        for sequence in heads + heads[0].branches:
+            sequence.patience = patience
         stem = heads[0] if heads[0].index == STEM else None
         choices = heads if stem is None else stem.branches
         streams = {c: TextStream(self._tokenizer.fast, request.params.stop) for c in choices}

@@ -74,7 +74,7 @@ class Engine:
         self._watch = watch
         self._max_waiting = max_waiting
         self._max_wait = max_wait
-        self._pace = Pace()
+        self._pace = Pace(max_wait)
         self._inbox: deque[Request] = deque()
         self._aborted: set[str] = set()
         self._started: dict[str, float] = {}  # requests in a step without an output so far
@@ -204,7 +204,8 @@ class Engine:
             while not (self._inbox or self._aborted or self._stopping or self._busy()):
                 self._wake.wait()
             for request in self._inbox:
-                for sequence in self._answers.open(request):
+                patience = self._pace.patience_of(request.id)
+                for sequence in self._answers.open(request, patience):
                     self._scheduler.add(sequence)
             self._inbox.clear()
             self._count()  # under the lock: at no moment is a request counted nowhere
@@ -270,7 +271,8 @@ class Engine:
             for name in source.requests:
                 self._started.setdefault(name, now)
         with self._wake:
-            self._pace.begun(batch.requests, self._scheduler.free_seats)
+            scheduler = self._scheduler
+            self._pace.begun(batch.requests, scheduler.free_seats, len(scheduler.line))
 
     def _fail(self, batch: Batch, exc: Exception) -> None:
         """End the requests of a failed step; the others compute their tokens anew."""

@@ -137,7 +137,7 @@ class Scheduler:
             candidates = pending if head is None else [*pending, head]
             if not candidates:
                 return
-            sequence = min(candidates, key=self._urgency)
+            sequence = min(candidates, key=self.line.urgency)
             ahead = self.reuse.ahead(sequence) if sequence is head else 0
             if encoded and ahead >= budget:
                 return
@@ -159,10 +159,6 @@ class Scheduler:
                 rows[sequence] = count
             budget -= count
             self.line.charge(sequence.request.task, ahead + count)
-
-    def _urgency(self, sequence: Sequence) -> tuple[int, float, tuple[int, float, int]]:
-        request = sequence.request
-        return (request.priority, self.line.served(request.task), sequence.order)
 
     def _seat(self, sequence: Sequence) -> bool:
         """Move the head of the line to a seat with a cache row, if there is one."""
@@ -217,7 +213,7 @@ class Scheduler:
         Only those come into question who then wait behind it, so that nobody is preempted for
         nothing and seated again in the next step.
         """
-        behind = [s for s in self.running if self._urgency(sequence) < self._urgency(s)]
+        behind = [s for s in self.running if self.line.urgency(sequence) < self.line.turn(s)]
         later = [s for s in behind if s.request.priority > sequence.request.priority]
         if later:
             return max(later, key=lambda s: s.order)

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from math import inf
 from typing import TYPE_CHECKING
 
 from polyhead.server.engine.request import Request, TokenLogprob
@@ -26,6 +27,8 @@ class Sequence:
     computed: int = 0
     cached: int = 0  # tokens of the prompt that were found computed
     seed: int = 0
+    patience: float = inf  # tokens of all that may be computed before it goes first
+    due: float = inf  # what the line's count of them is then
     stem: "Sequence | None" = None  # holds the shared prompt's keys and values
     branches: "list[Sequence]" = field(default_factory=list)  # of a stem: who still needs it
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from polyhead.server.engine.sequence import Sequence
 
+Urgency = tuple[int, float, tuple[int, float, int]]
+
 
 class WaitingLine:
     """Sequences that wait for a seat, by priority and task.
@@ -13,6 +15,9 @@ class WaitingLine:
     that has been served the fewest tokens goes next. A task that begins to wait starts at least at
     the level of the least served waiting one, or where nobody waits, of the last one that did: so
     nobody saves up a claim, and what a task used of seats that nobody else wanted is no debt.
+
+    Where ever new tasks come, that alone would let one of many requests wait for ever. So once as
+    many tokens have been computed as a sequence has patience for, it goes first.
     """
 
     def __init__(self) -> None:
@@ -20,6 +25,7 @@ class WaitingLine:
         self._served: dict[str, float] = {}
         self._last_to_wait = ""
         self._length = 0
+        self._charged = 0  # tokens, of all tasks
 
     def __len__(self) -> int:
         return self._length
@@ -43,13 +49,22 @@ class WaitingLine:
         queue = self._queues.setdefault((sequence.request.priority, task), [])
         bisect.insort(queue, sequence, key=lambda other: other.order)
         self._length += 1
+        sequence.due = self._charged + sequence.patience
 
     def peek(self) -> Sequence | None:
         """Who is next, without taking it."""
-        if not self._queues:
-            return None
-        key = min(self._queues, key=lambda k: (k[0], self.served(k[1]), self._queues[k][0].order))
-        return self._queues[key][0]
+        return min((queue[0] for queue in self._queues.values()), key=self.urgency, default=None)
+
+    def urgency(self, sequence: Sequence) -> Urgency:
+        """Orders sequences that wait or whose prompt is computed: the least goes first."""
+        if sequence.due <= self._charged:
+            return (sequence.request.priority, sequence.due - self._charged, sequence.order)
+        return self.turn(sequence)
+
+    def turn(self, sequence: Sequence) -> Urgency:
+        """The same by fairness alone, however long it has waited."""
+        request = sequence.request
+        return (request.priority, 1 + self.served(request.task), sequence.order)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands. Raises `ValueError` when it does not wait."""
@@ -63,6 +78,7 @@ class WaitingLine:
     def charge(self, task: str, tokens: int) -> None:
         """Count tokens that were computed for a task."""
         self._served[task] = self._served.get(task, 0.0) + tokens
+        self._charged += tokens
 
     def served(self, task: str) -> float:
         return self._served.get(task, 0.0)

@@ -1,5 +1,7 @@
 """A newcomer waits for its own task's line and a turn of each other task, at the pace seen."""
 
+from math import inf
+
 import pytest
 from scheduler_world import ask
 
@@ -15,14 +17,15 @@ def asked(task: str, tokens: int = 100, priority: int = 0, number: int = 0) -> R
     return ask(name, task, prompt, tokens - prompt, arrival=0.0, priority=priority)
 
 
-def busy(line: dict[str, int], rate: float = 1000.0) -> Pace:
+def busy(line: dict[str, int], rate: float = 1000.0, longest: float = inf) -> Pace:
     """A pace of `rate` tokens a second, with so many requests of 100 tokens in line."""
-    pace = Pace()
+    pace = Pace(longest)
     for task, count in line.items():
         for number in range(count):
             pace.joins(asked(task, number=number))
+    pace.begun([], 0, 1)
     for _ in range(100):
-        pace.stepped(int(rate), 1.0)
+        pace.stepped(int(rate / 100), 0.01)
     return pace
 
 
@@ -47,6 +50,26 @@ def test_a_newcomer_waits_for_a_turn_of_each_other_task_only() -> None:
     assert many.wait_of(asked("new")) == pytest.approx(20.0)
 
 
+def test_whoever_has_its_own_task_before_it_waits_for_what_others_bring_meanwhile() -> None:
+    """Of each other task, what joined in the last `longest` seconds; at most as much as itself."""
+    pace = busy({"a": 20, "b": 3, "c": 30}, longest=5.0)
+    assert pace.wait_of(asked("a")) == pytest.approx(2.0 + 0.3 + 2.1 + 0.3 + 2.0)
+    assert pace.wait_of(asked("new")) == pytest.approx(0.3)
+    for _ in range(50):
+        pace.stepped(100, 0.1)
+    assert pace.wait_of(asked("a")) == pytest.approx(2.0 + 0.3 + 2.1)
+    pace.joins(asked("d", priority=1))
+    assert pace.wait_of(asked("a")) == pytest.approx(2.0 + 0.3 + 2.1)
+
+
+def test_patience_lasts_a_quarter_longer_than_what_is_before_and_itself() -> None:
+    pace = busy({"a": 20, "b": 3})
+    pace.joins(asked("b", number=3))
+    assert pace.patience_of("b-3") == pytest.approx(1.25 * (300 + 400 + 100))
+    pace.begun(["b-3"], 0, 22)
+    assert pace.patience_of("b-3") == inf
+
+
 def test_before_a_prompt_is_read_no_more_is_expected_than_for_the_shortest() -> None:
     crowd = busy({"a": 500, "b": 1})
     assert crowd.least_wait_of("a", 0, 90) == pytest.approx(50.1)
@@ -63,7 +86,7 @@ def test_the_less_urgent_are_not_waited_for() -> None:
 
 def test_who_has_begun_or_ended_is_waited_for_no_longer() -> None:
     pace = busy({"a": 50})
-    pace.begun([asked("a", number=number).id for number in range(20)], 0)
+    pace.begun([asked("a", number=number).id for number in range(20)], 0, 30)
     assert pace.wait_of(asked("a")) == pytest.approx(3.0)
     request = asked("a", number=20)
     pace.ended(Sequence(request, 0, list(request.prompt)))
@@ -72,7 +95,7 @@ def test_who_has_begun_or_ended_is_waited_for_no_longer() -> None:
 
 def test_steps_of_a_small_batch_do_not_slow_the_pace() -> None:
     pace = busy({"a": 50})
-    pace.begun([asked("a", number=number).id for number in range(50)], 14)
+    pace.begun([asked("a", number=number).id for number in range(50)], 14, 0)
     for number in range(20):
         pace.joins(asked("a", number=number))  # after it has begun: it was small without them
     for _ in range(100):
@@ -80,12 +103,14 @@ def test_steps_of_a_small_batch_do_not_slow_the_pace() -> None:
     assert pace.wait_of(asked("a")) == pytest.approx(2.0)
 
 
-def test_whoever_finds_a_free_seat_does_not_wait() -> None:
+def test_whoever_finds_a_free_seat_waits_for_the_prompts_before_it_only() -> None:
     pace = busy({"a": 50})
-    pace.begun([asked("a", number=number).id for number in range(50)], 14)
+    pace.begun([asked("a", number=number).id for number in range(50)], 14, 0)
+    assert pace.wait_of(asked("a")) == 0.0
     for number in range(13):
         pace.joins(asked("a", number=number))
-    assert pace.wait_of(asked("a")) == 0.0
+    assert pace.wait_of(asked("a")) == pytest.approx(0.13)
+    assert pace.wait_of(asked("new")) == pytest.approx(0.01)
     pace.joins(asked("a", number=13))
     assert pace.wait_of(asked("a")) == pytest.approx(1.4)
 
@@ -104,5 +129,6 @@ def test_answers_that_end_early_shorten_the_line() -> None:
         pace.ended(Sequence(request, 0, [*request.prompt, 1, 2, 3, 4, 5, 6, 7, 8, 9]))
     for number in range(50):
         pace.joins(asked("a", number=number))
+    pace.begun([], 0, 50)
     pace.stepped(1000, 1.0)
     assert pace.wait_of(asked("a")) == pytest.approx(50 * (10 + 90 * 0.1) / 1000, rel=0.01)

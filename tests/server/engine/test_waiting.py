@@ -79,6 +79,38 @@ def test_where_nobody_waits_the_last_one_that_did_sets_the_level() -> None:
     assert (line.served("a"), line.served("b")) == (500, 500)
 
 
+def test_whose_patience_has_ended_goes_before_less_served_tasks_but_not_before_the_urgent() -> None:
+    line = line_of(waiting("a", 1))
+    held_up = waiting("b", 2)
+    held_up.patience = 100
+    line.charge("b", 40)
+    line.add(held_up)
+    line.charge("c", 99)
+    assert line.peek() is not held_up
+    line.charge("c", 1)
+    assert line.peek() is held_up
+    line.add(waiting("urgent", 3, priority=-1))
+    assert [s.request.task for s in order(line)] == ["urgent", "b", "a"]
+
+
+def test_of_those_out_of_patience_the_first_to_be_so_goes_first() -> None:
+    late, early = waiting("a", 1), waiting("b", 2)
+    late.patience, early.patience = 60, 50
+    line = line_of(late, early)
+    line.charge("b", 70)
+    assert order(line) == [early, late]
+
+
+def test_patience_begins_anew_whenever_one_is_put_in_line() -> None:
+    one, other = waiting("a", 1), waiting("b", 2)
+    one.patience = 50
+    line = line_of(one, other)
+    line.charge("a", 60)
+    line.remove(one)
+    line.add(one)
+    assert order(line) == [other, one]
+
+
 def test_removing_from_the_middle() -> None:
     first, second, other = waiting("a", 1), waiting("a", 2), waiting("b", 1)
     line = line_of(first, second, other)
