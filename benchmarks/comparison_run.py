@@ -59,20 +59,25 @@ class Run:
             "lora": (1, 1, 8 * self.told["rank"]),
         }[self.method]
         lines = Path(self.told["train"]).read_text(encoding="utf-8").splitlines()
-        tasks = len({json.loads(line)["task"] for line in lines})
+        known = {json.loads(line)["task"] for line in lines}
+        suite = read_suite(Path(self.told["suite"]))
+        tasks = len(known)
         return parse_config(
             {
                 "backbone": self.told["backbone"],
                 "output": self.out / f"{name}-{self.method}-{self.seed}",
                 "method": self.method,
                 "seed": self.seed,
-                "data": {"train": [self.told["train"]]},
+                "data": {
+                    "train": [self.told["train"]],
+                    "templates": {one.name: one.template for one in suite if one.name in known},
+                },
                 "skills": {"heads": heads, "skills": skills, "rank": rank, "dtype": "bfloat16"},
                 "optimiser": {"steps": steps, "rate": 0.003, "logits_rate": 0.1},
                 "batch": {
                     "examples": max(1, self.told["examples"] // tasks) * tasks,
                     "tasks": tasks,
-                    "bfloat16": torch.cuda.is_available(),
+                    "bfloat16": self.told["bfloat16"],
                 },
                 "records": {"tensorboard": False, "checkpoint_every": steps, "every": 20},
             },
