@@ -60,11 +60,18 @@ class PairedFactors(ops.Factors):
 
     @classmethod
     def of(cls, factors: ops.Factors) -> "PairedFactors":
-        columns = torch.split(factors.a, factors.ranks, 1)
-        a = torch.cat([F.pad(own, (0, own.shape[1] % 2)) for own in columns], 1)
-        b = [None if b is None else F.pad(b, (0, 0, 0, b.shape[0] % 2)) for b in factors.b]
-        padded = F.pad(a, (0, -a.shape[1] % LANES))
-        return cls(paired(padded), tuple(None if own is None else paired(own) for own in b))
+        # Written in place, module by module: an adapter has hundreds of small matrices, and each
+        # operation on one waits for the interpreter's lock, which the engine's thread wants too.
+        padded = [rank + rank % 2 for rank in factors.ranks]
+        width = sum(padded)
+        rows = factors.a.shape[0] // 2
+        a = torch.zeros(rows, width + -width % LANES, 2, dtype=torch.bfloat16)
+        column = 0
+        for own, rank in zip(torch.split(factors.a, factors.ranks, 1), padded, strict=True):
+            place = a[:, column : column + own.shape[1]]
+            place.copy_(own.unflatten(0, (rows, 2)).transpose(1, 2))
+            column += rank
+        return cls(a, tuple(None if own is None else _even(own) for own in factors.b))
 
     @property
     def ranks(self) -> list[int]:
@@ -73,6 +80,11 @@ class PairedFactors(ops.Factors):
     def plain(self) -> ops.Factors:
         b = tuple(None if own is None else _unpaired(own) for own in self.b)
         return ops.Factors(_unpaired(self.a)[:, : sum(self.ranks)].contiguous(), b)
+
+
+def _even(b: Tensor) -> Tensor:
+    """`[r, O]` in pairs of rows, the last one with zeros where r is odd."""
+    return paired(F.pad(b, (0, 0, 0, 1)) if b.shape[0] % 2 else b)
 
 
 def _unpaired(pairs: Tensor) -> Tensor:

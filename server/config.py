@@ -144,7 +144,8 @@ class Settings(BaseSettings):
     private_cache_bytes: int = Field(
         256 << 20,
         ge=1024,
-        description="Bytes of private adapters resident at the same time; others wait on disk",
+        description="Bytes of private adapters resident at the same time; others wait on disk, "
+        "those next in line in up to a quarter as many bytes more",
     )
     private_wait_seconds: float = Field(
         10.0,

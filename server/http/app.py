@@ -201,7 +201,7 @@ def _service(
         metrics=metrics,
         pool=pool,
         slots=slots,
-        room=Room(pool, slots, settings.private_wait_seconds, settings.max_waiting),
+        room=Room(pool, catalogue, settings.private_wait_seconds, settings.max_waiting),
     )
 
 

@@ -1,8 +1,10 @@
 """What is resident: prepared adapters of the tasks in use, within a bound of memory."""
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,6 +15,7 @@ from polyhead.server.engine.request import BASE_TASK
 from polyhead.server.heap import TRIM_AFTER_BYTES, trim_heap
 from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.slots import Slots
+from polyhead.server.tasks.staging import Staged
 from polyhead.server.tasks.task import Task
 
 ROW_BYTES = 4096
@@ -109,21 +112,37 @@ class Catalogue:
         private = self.slots.find(task_id)
         if private is not None:
             return ResolvedTask(*private)
+        with self._reading(task_id) as reading:
+            resolved = self._load(task_id, reading)
+            with self._lock:
+                if not reading.void:
+                    self._keep(resolved)
+        self._trim_after(resolved.nbytes)
+        return resolved
+
+    def stage(self, task_id: str) -> Staged | None:
+        """Read a private adapter whose request waits for a slot; it is found while the result is
+        kept. None where too many are. Raises what `resolve` does, but `SlotsBusy`."""
+        if not self.slots.may_stage(task_id):
+            return None
+        with self._reading(task_id) as reading:
+            task, content = self._registry.load(task_id)
+            if isinstance(content, Routing):
+                return None
+            return self.slots.stage(task, content, lambda: not reading.void)
+
+    @contextlib.contextmanager
+    def _reading(self, task_id: str) -> Iterator[Reading]:
         with self._lock:
             reading = self._loading.setdefault(task_id, Reading())
             reading.readers += 1
-        resolved = None
         try:
-            resolved = self._load(task_id, reading)
+            yield reading
         finally:
             with self._lock:
                 reading.readers -= 1
                 if not reading.readers and self._loading.get(task_id) is reading:
                     del self._loading[task_id]
-                if resolved is not None and not reading.void:
-                    self._keep(resolved)
-        self._trim_after(resolved.nbytes)
-        return resolved
 
     def _load(self, task_id: str, reading: Reading) -> ResolvedTask:
         task, content = self._registry.load(task_id)

@@ -113,6 +113,8 @@ class AdapterTooLarge(RegistryError):
 class SlotsBusy(RegistryError):
     """Requests run with as many private adapters as memory holds, for longer than was waited."""
 
+    task_id: str
+
     def __init__(self, task_id: str) -> None:
         super().__init__(
             f"no room for the private adapter of task {task_id!r}: requests run with as many "

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from polyhead.adapters.plan import Adapter, PreparedAdapter
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.server.tasks.errors import AdapterTooLarge, SlotsBusy
+from polyhead.server.tasks.staging import Staged, Staging
 from polyhead.server.tasks.task import Task
 
 MAX_SIZES = 65536
 """Sizes that are remembered of adapters that are not resident."""
+STAGED_SHARE = 4
+"""The staged ones may take one part in so many of the resident ones' memory, beside it."""
 
 
 @dataclass(eq=False)
@@ -67,6 +70,8 @@ class Slots:
 
     prepare: lays an adapter out for the layers. It runs on the caller's thread, a pool's, so that
     neither loading nor evicting is ever waited for by a step.
+
+    For a request that waits, `stage` reads its adapter ahead: a slot once free is soon used.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Slots:
         self._lock = threading.Lock()
         self._slots: OrderedDict[str, Slot] = OrderedDict()  # by task, least recently used first
         self._released: deque[Slot] = deque()
+        self._staging = Staging(max_bytes // STAGED_SHARE)
         self._sizes: dict[str, int] = {}
         self._bytes = 0
         self._orphans = 0
@@ -93,6 +99,12 @@ class Slots:
     def __len__(self) -> int:
         """How many adapters are resident, those of former generations included."""
         return len(self._slots) + self._orphans
+
+    @property
+    def staged_bytes(self) -> int:
+        """Memory of what waits for a slot, in bytes: at most a quarter of the budget, or one."""
+        with self._lock:
+            return self._staging.nbytes
 
     @property
     def pinned(self) -> int:
@@ -114,6 +126,9 @@ class Slots:
             if slot is not None:
                 self._slots.move_to_end(task_id)
                 return self._pin(slot)
+            staged = self._staging.find(task_id)
+            if staged is not None:
+                return self._pin(self._place(Slot(staged.task, staged.prepared)))
             size = self._sizes.get(task_id, 0)
             idle = sum(s.prepared.nbytes for s in self._slots.values() if not s.pins)
             if self._bytes - idle + size > self._max_bytes:
@@ -136,23 +151,47 @@ class Slots:
             if known is not None and known.task == task:
                 return self._pin(known)
             self._remember(task.id, nbytes)
-            self._make_room(task.id, nbytes)
-            self.loads += 1
-            self._bytes += nbytes
-            slot.kept = still_current()
-            if slot.kept:
-                self._drop(task.id)
-                self._slots[task.id] = slot
-            else:
-                self._orphans += 1
-            return self._pin(slot)
+            return self._pin(self._place(slot, still_current))
+
+    def may_stage(self, task_id: str) -> bool:
+        """Whether reading an adapter ahead is not known to be in vain."""
+        with self._lock:
+            return self._staging.has_room(self._sizes.get(task_id, 0))
+
+    def stage(
+        self, task: Task, adapter: PrivateAdapter, still_current: Callable[[], bool]
+    ) -> Staged | None:
+        """Lay an adapter out for a request that waits for a slot; `find` puts it into one as soon
+        as there is room, while somebody keeps what this returns. None where it has changed, or too
+        many are staged. Raises `AdapterTooLarge`."""
+        prepared = self._prepare(adapter)
+        self._check_size(prepared)
+        with self._lock:
+            if not still_current():
+                return None
+            return self._staging.find(task.id) or self._staging.put(task, prepared)
 
     def forget(self, task_id: str) -> None:
         """The task has changed: nobody finds its adapter any more; who runs with it keeps it."""
         with self._lock:
             self._settle()
             self._sizes.pop(task_id, None)
+            self._staging.forget(task_id)
             self._drop(task_id)
+
+    def _place(self, slot: Slot, still_current: Callable[[], bool] = lambda: True) -> Slot:
+        nbytes = slot.prepared.nbytes
+        self._make_room(slot.task.id, nbytes)
+        self.loads += 1
+        self._bytes += nbytes
+        self._staging.forget(slot.task.id)
+        slot.kept = still_current()
+        if slot.kept:
+            self._drop(slot.task.id)
+            self._slots[slot.task.id] = slot
+        else:
+            self._orphans += 1
+        return slot
 
     def _pin(self, slot: Slot) -> tuple[Task, PreparedAdapter]:
         slot.pins += 1

@@ -13,7 +13,7 @@ from polyhead.adapters.plan import PreparedAdapter
 from polyhead.adapters.private import PrivateAdapter
 from polyhead.adapters.routing import Layout
 from polyhead.server.tasks.catalogue import Catalogue, ResolvedTask
-from polyhead.server.tasks.errors import AdapterTooLarge, SlotsBusy
+from polyhead.server.tasks.errors import AdapterTooLarge, SlotsBusy, UnknownTask
 from polyhead.server.tasks.registry import Registry
 from polyhead.server.tasks.slots import Slots
 
@@ -154,3 +154,55 @@ def test_churn_of_many_threads_keeps_the_budget_and_the_right_adapters(
     assert 2 * ONE < most[0] <= 3 * ONE
     assert catalogue.slots.pinned == 0
     assert catalogue.slots.nbytes == ONE * len(catalogue.slots)
+
+
+def test_what_is_staged_needs_no_reading_once_a_slot_is_free(
+    open_slots: Callable[[int], Catalogue], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = open_slots(2)
+    held = [catalogue.resolve("t0"), catalogue.resolve("t1")]
+    staged = catalogue.stage("t2")
+    assert staged is not None
+    assert (catalogue.slots.nbytes, catalogue.slots.staged_bytes) == (2 * ONE, ONE)
+    with pytest.raises(SlotsBusy, match="t2"):
+        catalogue.resolve("t2")
+    monkeypatch.setattr(registry, "load", None)
+    held.pop()
+    assert is_of(catalogue.resolve("t2"), 2)
+    assert (catalogue.slots.nbytes, catalogue.slots.staged_bytes) == (2 * ONE, 0)
+
+
+def test_nothing_staged_outlasts_who_waits_for_it(open_slots: Callable[[int], Catalogue]) -> None:
+    catalogue = open_slots(2)
+    held = [catalogue.resolve("t0"), catalogue.resolve("t1")]
+    staged = catalogue.stage("t2")
+    assert catalogue.stage("t3") is None  # a quarter of the budget is less than one more
+    del staged
+    assert catalogue.slots.staged_bytes == 0
+    other = catalogue.stage("t3")
+    assert other is not None
+    with pytest.raises(SlotsBusy):
+        catalogue.resolve("t2")
+    assert len(held) == 2
+
+
+def test_as_much_is_staged_as_a_quarter_of_the_budget_holds(
+    open_slots: Callable[[int], Catalogue],
+) -> None:
+    catalogue = open_slots(8)
+    staged = [catalogue.stage(f"t{seed}") for seed in range(4)]
+    assert [one is not None for one in staged] == [True, True, False, False]
+    assert catalogue.slots.staged_bytes == 2 * ONE
+
+
+def test_a_change_voids_what_is_staged(
+    open_slots: Callable[[int], Catalogue], registry: Registry
+) -> None:
+    catalogue = open_slots(2)
+    staged = catalogue.stage("t2")
+    registry.replace("t2", made(9))
+    assert staged is not None
+    assert catalogue.slots.staged_bytes == 0
+    assert is_of(catalogue.resolve("t2"), 9)
+    with pytest.raises(UnknownTask):
+        catalogue.stage("gone")
