@@ -69,7 +69,7 @@ class PairedFactors(ops.Factors):
         column = 0
         for own, rank in zip(torch.split(factors.a, factors.ranks, 1), padded, strict=True):
             place = a[:, column : column + own.shape[1]]
-            place.copy_(own.unflatten(0, (rows, 2)).transpose(1, 2))
+            place.copy_(own.reshape(rows, 2, -1).transpose(1, 2))
             column += rank
         return cls(a, tuple(None if own is None else _even(own) for own in factors.b))
 

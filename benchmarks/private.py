@@ -158,8 +158,9 @@ def _too_few(
         held, room, stats = server.service.slots, server.service.room, server.service.engine.stats()
         console.print(
             f"{name}: {held.loads} loads, {held.evictions} evictions, {held.nbytes / 1e6:.0f} MB; "
-            f"longest from a slot's release to its next request {seconds[name]:.1f} ms, in one more "
-            f"round {room.longest_handover:.0f} steps; last step {1000 * stats.step_seconds:.0f} ms"
+            f"longest from a slot's release to its next request {seconds[name]:.1f} ms, in one "
+            f"more round {room.longest_handover:.0f} whole steps; last step "
+            f"{1000 * stats.step_seconds:.0f} ms"
         )
 
 
