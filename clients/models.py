@@ -220,6 +220,8 @@ class Inventory(Answer):
     skills: int
     rank: int
     fingerprint: str
+    quantize: str | None = None
+    contexts: bool = False
 
 
 class Health(Answer):

@@ -22,4 +22,6 @@ async def inventory(service: Annotated[Service, Depends(the_service)]) -> Invent
         skills=header.skills,
         rank=header.rank,
         fingerprint=service.inventory.fingerprint,
+        quantize=service.settings.quantize,
+        contexts=service.inventory.generator is not None,
     )

@@ -443,3 +443,5 @@ class InventoryAnswer(BaseModel):
     skills: int
     rank: int
     fingerprint: str
+    quantize: Literal["int8", "int4"] | None = Field(description="What the backbone is held in")
+    contexts: bool = Field(description="Whether a task can be made from a `context`")

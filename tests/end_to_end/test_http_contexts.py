@@ -69,6 +69,7 @@ def tokens(live: LiveServer, **body: Any) -> Any:
 
 
 def test_a_context_answers_as_its_coefficients_do(fresh: LiveServer) -> None:
+    assert fresh.client.get("/inventory").json()["contexts"] is True
     answer = fresh.client.post("/tasks", json={"id": "new", "context": DOCUMENT})
     assert answer.status_code == 201, answer.text
     assert "X-Task-Generation" not in answer.headers, "the bare backbone's, which answers nothing"

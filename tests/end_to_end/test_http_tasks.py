@@ -284,7 +284,9 @@ def test_the_backbone_is_a_task_that_nobody_changes(live: LiveServer) -> None:
 
 def test_the_inventory_says_what_is_loaded(live: LiveServer) -> None:
     found = live.client.get("/inventory").json()
-    assert set(found) == {"backbone", "kind", "modules", "heads", "skills", "rank", "fingerprint"}
+    told = {"backbone", "kind", "modules", "heads", "skills", "rank", "fingerprint"}
+    assert set(found) == told | {"quantize", "contexts"}
+    assert (found["quantize"], found["contexts"]) == (None, False)
     assert (found["heads"], found["skills"], found["rank"]) == (4, 4, 3)
     assert len(found["modules"]) == SHAPE[0]
     assert found["fingerprint"] == live.service.inventory.fingerprint
