@@ -51,9 +51,10 @@ def test_a_newcomer_waits_for_a_turn_of_each_other_task_only() -> None:
 
 
 def test_whoever_has_its_own_task_before_it_waits_for_what_others_bring_meanwhile() -> None:
-    """Of each other task, what joined in the last `longest` seconds; at most as much as itself."""
+    """What joined in the last `longest` seconds, at most as much for each task as its own line."""
     pace = busy({"a": 20, "b": 3, "c": 30}, longest=5.0)
-    assert pace.wait_of(asked("a")) == pytest.approx(2.0 + 0.3 + 2.1 + 0.3 + 2.0)
+    assert pace.wait_of(asked("a")) == pytest.approx(2.0 + 0.3 + 2.1 + 0.3 + 3.0)
+    assert pace.wait_of(asked("b")) == pytest.approx(0.3 + 0.4 + 0.4 + 2 * 0.3)
     assert pace.wait_of(asked("new")) == pytest.approx(0.3)
     for _ in range(50):
         pace.stepped(100, 0.1)
