@@ -120,8 +120,9 @@ class Engine:
             )
         with self._wake:
             self._check_open()
-            self._check_wait(self._pace.wait_of(request))
-            self._pace.joins(request)
+            ahead = self._pace.ahead_of(request)
+            self._check_wait(ahead)
+            self._pace.joins(request, ahead)
             self._inbox.append(request)
             self._wake.notify()
 
@@ -132,7 +133,7 @@ class Engine:
         """
         with self._wake:
             self._check_open()
-            self._check_wait(self._pace.least_wait_of(task, priority, answer))
+            self._check_wait(self._pace.least_ahead_of(task, priority, answer))
 
     def _check_open(self) -> None:
         if self._death is not None:
@@ -143,7 +144,8 @@ class Engine:
         if waiting >= self._max_waiting:
             raise EngineFull(f"{waiting} requests are waiting", retry_after=1.0)
 
-    def _check_wait(self, wait: float) -> None:
+    def _check_wait(self, ahead: float) -> None:
+        wait = self._pace.seconds(ahead)
         if wait > self._max_wait:
             raise EngineFull(
                 f"the request would wait for about {wait:.0f} s, over {self._max_wait:g} s",

@@ -48,30 +48,33 @@ class Pace:
         self._free_seats = 0  # that the last step left
         self._crowded = False  # it left a line
 
-    def wait_of(self, request: Request) -> float:
-        """Seconds until a request that comes now would begin.
+    def ahead_of(self, request: Request) -> float:
+        """Tokens that would be computed before a request that comes now begins.
 
         Tasks take turns, so a newcomer waits for its own task's requests and as much of each other
         task's, not for all that a crowd has put in line. As long as its own task has others before
         it, later ones of other tasks go before it, too.
         """
-        return self._seconds(self._ahead(request.task, request.priority, *self._work(request)))
+        return self._ahead(request.task, request.priority, *self._work(request))
 
-    def least_wait_of(self, task: str, priority: int, answer: int) -> float:
+    def least_ahead_of(self, task: str, priority: int, answer: int) -> float:
         """The same for a request of which only that is known: whose it is, how urgent, and that it
         may take `answer` tokens."""
-        return self._seconds(self._ahead(task, priority, 1, 1 + answer * self._used))
+        return self._ahead(task, priority, 1, 1 + answer * self._used)
+
+    def seconds(self, tokens: float) -> float:
+        """How long so many tokens take; 0 until a step has left a line."""
+        return 0.0 if self._rate is None else tokens / self._rate
 
     def patience_of(self, request_id: str) -> float:
         """Tokens after which a waiting request is to be overtaken no more, from when it joined."""
         waiting = self._waiting.get(request_id)
         return inf if waiting is None else PATIENCE * (waiting.ahead + waiting.work)
 
-    def joins(self, request: Request) -> None:
-        task, priority = request.task, request.priority
+    def joins(self, request: Request, ahead: float) -> None:
+        """It was let in with so many tokens to wait for."""
         prompt, work = self._work(request)
-        ahead = self._ahead(task, priority, prompt, work)
-        self._waiting[request.id] = _Waiting(priority, task, prompt, work, ahead)
+        self._waiting[request.id] = _Waiting(request.priority, request.task, prompt, work, ahead)
         self._arrivals.joins(request, work)
 
     def begun(self, request_ids: Iterable[str], free_seats: int, left: int) -> None:
@@ -97,9 +100,6 @@ class Pace:
         if sequence.generated and sequence.sample:
             share = len(sequence.generated) / sequence.request.params.max_tokens
             self._used += LEARNT * (share - self._used)
-
-    def _seconds(self, tokens: float) -> float:
-        return 0.0 if self._rate is None else tokens / self._rate
 
     def _ahead(self, own_task: str, own_priority: int, prompt: float, work: float) -> float:
         """Tokens that come first. Where a seat is free for all in line, that is their prompts."""

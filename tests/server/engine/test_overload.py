@@ -46,10 +46,11 @@ class Overloaded:
         while line or self.world.answers.open_requests:
             while line and line[0].arrival <= self.now:
                 request = line.pop(0)
-                if pace.wait_of(request) > self.max_wait:
+                ahead = pace.ahead_of(request)
+                if pace.seconds(ahead) > self.max_wait:
                     self.refused += 1
                     continue
-                pace.joins(request)
+                pace.joins(request, ahead)
                 self.world.submit(request, patience=pace.patience_of(request.id))
                 open_requests[request.id] = request
             self._step(pace, open_requests)
