@@ -129,7 +129,9 @@ class Catalogue:
             task, content = self._registry.load(task_id)
             if isinstance(content, Routing):
                 return None
-            return self.slots.stage(task, content, lambda: not reading.void)
+            staged = self.slots.stage(task, content, lambda: not reading.void)
+        self._trim_after(content.nbytes)
+        return staged
 
     @contextlib.contextmanager
     def _reading(self, task_id: str) -> Iterator[Reading]:
