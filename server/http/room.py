@@ -47,6 +47,7 @@ class Room:
         self._line: deque[Waiting] = deque()
         self._loop = asyncio.get_running_loop()
         self._woken = False
+        self._freed: float | None = None  # when the first slot was that nobody is known to have
         self.clock: Callable[[], float] = time.monotonic
         self.longest_handover = 0.0
         """From a slot's release to the first in line having it, the longest so far, as the clock
@@ -67,6 +68,8 @@ class Room:
             waiting = Waiting(busy.task_id)
         if len(self._line) >= self._most:
             return await self._pool.run(work, *args, **kwargs)
+        if not self._line:
+            self._freed = None
         self._line.append(waiting)
         self._wake()  # a slot may have been let go since, when nobody stood here
         self._look_ahead()
@@ -86,11 +89,13 @@ class Room:
         while True:
             await waiting.turn.wait()
             waiting.turn.clear()
-            told = self.clock()
             with contextlib.suppress(SlotsBusy):
                 found = await self._pool.run(work)
-                self.longest_handover = max(self.longest_handover, self.clock() - told)
+                if self._freed is not None:
+                    took = self.clock() - self._freed
+                    self.longest_handover = max(self.longest_handover, took)
                 return found
+            self._freed = None
 
     def _look_ahead(self) -> None:
         for waiting in islice(self._line, STAGED_AHEAD):
@@ -102,6 +107,8 @@ class Room:
             waiting.staged = await self._pool.run(self._catalogue.stage, waiting.task_id)
 
     def _released(self) -> None:
+        if self._freed is None:
+            self._freed = self.clock()
         if not self._woken and not self._loop.is_closed():
             self._woken = True
             self._loop.call_soon_threadsafe(self._wake)

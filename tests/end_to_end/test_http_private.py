@@ -112,7 +112,7 @@ def test_others_decode_on_while_a_request_waits_for_a_slot(crowded: LiveServer) 
     assert tokens(crowded, "amber") == tokens(crowded, "amber")
     assert crowded.service.engine.stats().steps > steps
     assert crowded.service.room.waiting == 1
-    assert crowded.service.slots.staged_bytes > 0, "its adapter is read while it waits"
+    crowded.eventually(lambda: crowded.service.slots.staged_bytes > 0)  # read while it waits
     assert all(answer.result().status_code == 200 for answer in running)
     alone = waiting.result()
     assert alone == tokens(crowded, "own-2")
