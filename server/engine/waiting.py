@@ -16,7 +16,7 @@ class WaitingLine:
     the level of the least served waiting one, or where nobody waits, of the last one that did: so
     nobody saves up a claim, and what a task used of seats that nobody else wanted is no debt.
 
-    Where ever new tasks come, that alone would let one of many requests wait for ever. So once as
+    Where less served tasks keep coming, that alone would let the others wait for ever. So once as
     many tokens have been computed as a sequence has patience for, it goes first.
     """
 
@@ -56,7 +56,10 @@ class WaitingLine:
         return min((queue[0] for queue in self._queues.values()), key=self.urgency, default=None)
 
     def urgency(self, sequence: Sequence) -> Urgency:
-        """Orders sequences that wait or whose prompt is computed: the least goes first."""
+        """Orders sequences that wait or whose prompt is computed: the least goes first.
+
+        Whose patience has ended are below 0 by how long ago, the others from 1 on.
+        """
         if sequence.due <= self._charged:
             return (sequence.request.priority, sequence.due - self._charged, sequence.order)
         return self.turn(sequence)
